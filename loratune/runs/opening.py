@@ -235,8 +235,9 @@ def _require_adapter(run: Path, adapter: Path) -> None:
     checkpoints = sorted(str(folder) for folder in (run / CHECKPOINTS).glob("step-*"))
     state = read_status(run).state if (run / STATUS).is_file() else "unknown"
     resumed = loratune("go on with", "sft", {"--config": run / RECIPE, "--resume": True})
-    hint = f"; its newest checkpoint is {checkpoints[-1]}; {resumed}" if checkpoints else ""
-    raise LoratuneError(f"{run}: the run has no adapter yet (state: {state}){hint}", Exit.MODEL)
+    hint = f"; its newest checkpoint is {checkpoints[-1]}" if checkpoints else ""
+    advised = [resumed] if checkpoints else []
+    raise LoratuneError(f"{run}: the run has no adapter yet (state: {state}){hint}", Exit.MODEL, advised)
 
 
 def _open_checkpoint(run: Path, folder: Path, force: bool) -> AdapterSource:

@@ -70,7 +70,7 @@ def _about_template(facts: TemplateFacts, prompt: PromptSettings, stops: Sequenc
     if facts.replaced_end is not None and facts.replaced_end in stops:
         text = (
             f"prompt.template is {prompt.template}, but the model has a chat template of its own and stops on its end "
-            "token, so it has been trained on that template; --prompt.template chat uses it"
+            "token, so it has most likely been trained on that template; --prompt.template chat uses it"
         )
         yield Found(TEMPLATE, "warn", 0, text)
     if facts.is_dated:
