@@ -256,11 +256,11 @@ def _download(settings: ModelSettings, patterns: list[str]) -> Path:
                 )
             )
     except Exception as error:  # each hub client and HTTP library has its own exceptions
-        other = "" if settings.hub == "modelscope" else " (or --model.hub modelscope, or HF_ENDPOINT with a mirror)"
+        other = "" if settings.hub == "modelscope" else " (or model.hub: modelscope, or HF_ENDPOINT with a mirror)"
         raise LoratuneError(
             f"{place}, and loading it from {settings.hub} failed: {named_reason_of(error)}\n"
-            f"check the name and the network{other}, or download the model elsewhere and give its folder: --model.base "
-            "PATH for a recipe, --model PATH beside --adapter",
+            f"check the name and the network{other}, or download the model elsewhere and give its folder in "
+            "place of the hub id: as model.base of a recipe, or as the base model of an adapter",
             Exit.MODEL,
         ) from error
 
