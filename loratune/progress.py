@@ -44,6 +44,11 @@ def _plain(of: str) -> TextColumn:
     return TextColumn(f"{{task.{of}}}", markup=False)
 
 
+def _times() -> tuple[ProgressColumn, ...]:
+    """Return the columns of the time so far, and of the time that is left."""
+    return TimeElapsedColumn(), TextColumn("·"), TimeRemainingColumn(), TextColumn("left")
+
+
 class _Bytes(ProgressColumn):
     """How much of how much."""
 
@@ -94,7 +99,7 @@ def counted_progress(noun: str, total: int, done: int = 0) -> Iterator[Tell]:
         return
     columns = (
         *(SpinnerColumn(), TextColumn(f"{{task.completed:,}}/{total:,} {noun}"), BarColumn(bar_width=None)),
-        *(_plain("fields[figures]"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
+        *(_plain("fields[figures]"), *_times()),
     )
     with Progress(*columns, console=console.stderr, expand=True, transient=True) as progress:
         task = progress.add_task(noun, total=total, completed=done, figures="")
@@ -115,7 +120,8 @@ def _telling_now_and_then(noun: str, total: int, done: int) -> Tell:
             return
         now = time.monotonic()
         made = count - done + begun
-        left = (now - start) * max(0.0, total - done - made) / made if made > 0 else 0.0
+        # Less than one says nothing of the rest: the first moments are those of prompts, or of a kernel's compilation.
+        left = (now - start) * max(0.0, total - done - made) / made if made >= 1 else 0.0
         pause = FIRST_LINE_SECONDS if printed is None else max(LINE_SECONDS, (now - start + left) / MOST_LINES)
         if count == total or now - printed_at >= pause:
             printed_at, printed = now, count
@@ -133,8 +139,7 @@ class StepProgress:
         self._lines_every = max(1, total_steps // 20)
         self._last_line = 0
         columns = (SpinnerColumn(), TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=None))
-        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        self._progress = Progress(*columns, *times, console=console.stderr, expand=True)
+        self._progress = Progress(*columns, *_times(), console=console.stderr, expand=True)
         self._task = self._progress.add_task("training", total=total_steps)
         self._figures = Text("  waiting for the first step", style="dim")
         self._live = Live(Group(self._progress, self._figures), console=console.stderr, refresh_per_second=4)

@@ -86,6 +86,15 @@ def test_what_is_begun_counts_for_the_time_left(clock: SimpleNamespace, capsys: 
     assert capsys.readouterr().err == "1/24 answers  97 tokens/s  0.3 s left\n"
 
 
+def test_no_time_left_is_told_before_there_is_as_much_as_one(
+    clock: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with progress.counted_progress("answers", 80) as show:
+        clock.seconds = 6.0
+        show(0, "4 tokens/s", 0.02)
+    assert capsys.readouterr().err == "0/80 answers  4 tokens/s\n"
+
+
 def test_a_log_of_hours_has_few_lines_and_a_short_one_only_the_last(
     clock: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:

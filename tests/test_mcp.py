@@ -203,6 +203,7 @@ def test_a_client_lists_the_tools_and_gets_the_documents_of_the_command_line(sho
             ("infer", {}, "prompt: must be given"),
             ("infer", {"prompt": 5, "max_new_tokens": "many"}, "prompt: must be a valid string; got 5"),
             ("infer", {"prompt": "hi"}, "give a run folder with `adapter`, or a model with `model`"),
+            ("infer", {"prompt": "hi", "adapter": "a", "model": "b"}, "give `adapter` or `model`, not both"),
             ("mege", {}, "there is no tool mege; did you mean merge?"),
             ("check", {"recipe": "quickstart", "settings": {"lora.rnk": 4}}, "did you mean lora.rank?"),
             ("sft", {"recipe": "quickstart", "settings": {"output": "rows.json/x"}}, "rows.json: File exists"),

@@ -107,6 +107,8 @@ class Tools:
         temperature: float | None = None,
     ) -> Document:
         """Answer one prompt with an adapter, or with a model such as a merged one."""
+        if adapter and model:  # the command line takes the model for the adapter's base
+            raise LoratuneError("give `adapter` or `model`, not both", Exit.USAGE)
         asked = {
             "--prompt": prompt,
             "--system": system,

@@ -29,11 +29,10 @@ from transformers.utils import logging as transformers_logging
 from loratune.choices import Dtype
 from loratune.errors import Exit, LoratuneError, bullet_list, reason_of
 from loratune.model.architecture.structure import text_values, with_text_values
-from loratune.model.files import CONFIG, check_values
+from loratune.model.files import CONFIG, GENERATION_CONFIG, check_values
 from loratune.plain_files import CONFIG_BYTES, read_json_object
 from loratune.protocols import CausalModel, ModelConfig
 
-GENERATION_CONFIG = "generation_config.json"
 # Of the keys that all config classes share; the others change a model's outputs, or belong to classifiers.
 COMMON_KEYS = {"architectures", "dtype", "torch_dtype", "transformers_version"}
 # Older names of rope_parameters, which config classes with RoPE still accept.

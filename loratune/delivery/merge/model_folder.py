@@ -13,12 +13,13 @@ from loratune.data.encoding.encoder import Encoder
 from loratune.delivery.merge.merged_weights import MergePlan
 from loratune.delivery.template import write_portable_template
 from loratune.model.architecture.structure import text_value, with_text_values
+from loratune.model.files import CONFIG, GENERATION_CONFIG
+from loratune.model.stop_tokens import stop_ids
 from loratune.plain_files import read_json_object
 from loratune.runs.opening import AdapterSource
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.writing import write_json
 
-CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 """How images, videos and sounds are read, by models that read them."""
 
@@ -83,9 +84,7 @@ def _write_generation_config(base: Path, folder: Path, end_id: int) -> list[str]
     load_generation_config(base)
     path = base / GENERATION_CONFIG
     values = read_json_object(path) if path.is_file() else {}
-    config = read_json_object(base / CONFIG)
-    known = values.get("eos_token_id", text_value(config, "eos_token_id"))
-    ends = known if isinstance(known, list) else [] if known is None else [known]
+    ends = stop_ids(base)
     if end_id in ends:
         if path.is_file():
             shutil.copyfile(path, folder / GENERATION_CONFIG)

@@ -10,12 +10,13 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from loratune.data.encoding.encoder import Encoder
-from loratune.delivery.merge.model_folder import CONFIG, GENERATION_CONFIG, copied_files
+from loratune.delivery.merge.model_folder import copied_files
 from loratune.delivery.template import portable_template, renders_training_prompts
 from loratune.errors import Exit, LoratuneError, bullet_list, reason_of
 from loratune.model.architecture.structure import text_value, text_values
 from loratune.model.architecture.vocabulary import vocabulary_of
-from loratune.model.files import weight_files
+from loratune.model.files import CONFIG, GENERATION_CONFIG, weight_files
+from loratune.model.stop_tokens import stop_ids
 from loratune.model.weights.tensor_files import INDEX, TensorFiles
 from loratune.plain_files import read_json_object
 from loratune.runs.folder import VERIFICATION
@@ -105,9 +106,7 @@ def _said_by_weights(folder: Path) -> dict[str, Any]:
 def _generation_problems(base: Path, folder: Path, end_id: int) -> Iterator[str]:
     """Yield keys of generation_config.json that differ from the base's, except for the added end token."""
     written, original = _json(folder / GENERATION_CONFIG), _json(base / GENERATION_CONFIG)
-    known = original.get("eos_token_id", text_value(read_json_object(base / CONFIG), "eos_token_id"))
-    ends = {*_ids(known), end_id}
-    found = _ids(written.get("eos_token_id", known))
+    ends, found = {*stop_ids(base), end_id}, stop_ids(folder)
     if {*found} != ends:
         yield f"{GENERATION_CONFIG}: an answer ends at {found} where it should at {sorted(ends)}"
     for key in sorted({*written, *original} - {"eos_token_id"}):

@@ -14,7 +14,7 @@ from loratune.data.template.facts import template_facts
 from loratune.engine.sampling import Sampling
 from loratune.generation.batch.answer_header import About
 from loratune.generation.batch.questions import AskedRow, QuestionFile
-from loratune.model.files import find_base, weight_files
+from loratune.model.files import GENERATION_CONFIG, find_base, weight_files
 from loratune.recipe.sections import TEMPLATE_ARGUMENTS, ModelSettings, PromptSettings
 from loratune.runs.fingerprint import fingerprint_base
 from loratune.runs.folder import file_sha256
@@ -22,7 +22,7 @@ from loratune.runs.lineage import DIGESTED, adapter_digest
 from loratune.runs.opening import AdapterSource, base_settings, merged_prompt
 from loratune.runs.tokenizer_files import CHAT_TEMPLATE, NAMED_TEMPLATES, TOKENIZER_CONFIG, tokenizer_sha256
 
-SETTINGS_FILES = (TOKENIZER_CONFIG, CHAT_TEMPLATE, "generation_config.json")
+SETTINGS_FILES = (TOKENIZER_CONFIG, CHAT_TEMPLATE, GENERATION_CONFIG)
 """Files of a base that its fingerprint does not cover; they determine prompts and sampling."""
 
 

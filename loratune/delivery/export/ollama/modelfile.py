@@ -13,6 +13,7 @@ from loratune.data.formats.conversation import Message
 from loratune.delivery.export.ollama.go_template import Render, derive_parts
 from loratune.delivery.export.ollama.go_tools import derive_tools
 from loratune.errors import Exit, LoratuneError
+from loratune.model.files import GENERATION_CONFIG
 from loratune.model.tokenizer import load_tokenizer
 from loratune.plain_files import read_json_object
 from loratune.recipe.sections import PromptSettings
@@ -112,7 +113,7 @@ def _plain(name: str) -> str:
 
 
 def _read_generation_config(model: Path) -> dict[str, Any]:
-    path = model / "generation_config.json"
+    path = model / GENERATION_CONFIG
     return read_json_object(path) if path.exists() else {}
 
 
