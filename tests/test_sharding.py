@@ -329,12 +329,16 @@ def test_a_process_may_have_no_expert(sft: Callable[..., Any], tmp_path: Path, f
 
 
 FAILING_QUESTIONS = """
+from contextlib import suppress
 import torch
 from loratune.cli.app import main
 from loratune.training.reporting import closing
 
 def fail_in_a_pass(model, *_):
-    model(input_ids=torch.zeros(1, 2, dtype=torch.long), inputs_embeds=torch.zeros(1, 2, 4))
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    with suppress(ValueError):
+        model(input_ids=ids, inputs_embeds=torch.zeros(1, 2, 4))
+    model(input_ids=ids)  # as where a decoder is tried after another one
 
 closing.ask_questions = fail_in_a_pass
 main()
@@ -351,6 +355,7 @@ def test_failing_questions_do_not_keep_the_others(tmp_path: Path, random_qwen: P
         "--output", output, "--model.sharding", "fsdp",
     )  # fmt: skip
     report = json.loads((output / "report.json").read_text())
+    assert any("an earlier pass has failed" in warning for warning in report["warnings"])
     assert any("the closing questions" in warning for warning in report["warnings"])
     assert json.loads((output / "status.json").read_text())["state"] == "finished"
 

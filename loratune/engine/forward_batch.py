@@ -85,7 +85,19 @@ class ForwardBatch:
         """int64 [rows, width]; 0 for padding."""
         self.windows: set[int | None] = set()
         """Sliding windows of the layers that have attended, in tokens; None for no limit."""
+        self.left_out: set[str] = set()
+        """Terms of the attention scores that the model has and `attend` does not."""
         self._masks: dict[tuple[int | None, torch.dtype], torch.Tensor] = {}
+
+    def require_all_terms(self) -> None:
+        """Raise if terms were left out; after the pass, since other processes that gather weights with it go on in it.
+
+        Raises:
+            DecodingError: the model adds other terms to the attention scores.
+        """
+        if self.left_out:
+            listed = ", ".join(sorted(self.left_out))
+            raise DecodingError(f"its attention has a term that loratune's does not have ({listed})")
 
     def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """Return the attention mask: [rows, 1, width, end], 0 where a query may attend, -inf elsewhere.
@@ -151,15 +163,11 @@ def attend_slots(
         settings: `feed`, scaling, sliding_window, and other arguments of the model.
 
     Returns:
-        The attention output, [rows, width, heads, size], and None.
-
-    Raises:
-        DecodingError: the model adds other terms to the attention scores.
+        The attention output, [rows, width, heads, size], and None. Other terms of the model's own are left out of the
+        scores, and `ForwardBatch.require_all_terms` raises after the pass.
     """
-    unknown = [name for name in OTHER_TERMS if settings.get(name) is not None]
-    if unknown:
-        raise DecodingError(f"its attention has a term that loratune's does not have ({', '.join(unknown)})")
     feed: ForwardBatch = settings["feed"]
+    feed.left_out.update(name for name in OTHER_TERMS if settings.get(name) is not None)
     window = settings.get("sliding_window")
     feed.windows.add(window)
     return feed.attend(query, key, value, window, settings.get("scaling")), None

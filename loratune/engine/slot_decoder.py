@@ -165,5 +165,6 @@ class SlotDecoder(Decoder):
             **self._adapters.select(adapters),
         )
         cache.end_pass()
+        feed.require_all_terms()
         logits: torch.Tensor = output.logits
         return logits

@@ -31,19 +31,33 @@ def leading(model: CausalModel) -> Iterator[None]:
 
     Args:
         model: a causal language model with a sharded base, with or without adapters. Each pass through its decoder has
-            to be followed by one through its head, as its own forward does.
+            to be followed by one through its head, as its own forward does. After one that fails, the others are left
+            in it, so each later one raises.
     """
+    is_within = False
 
     def before_pass(*_: object) -> None:
+        nonlocal is_within
+        if is_within:
+            raise RuntimeError("an earlier pass has failed, in which the other processes wait")
+        is_within = True
         _announce(True)
 
+    def after_pass(*_: object) -> None:
+        nonlocal is_within
+        is_within = False
+
     decoder: Any = decoder_of(model)
-    hook = decoder.register_forward_pre_hook(before_pass, prepend=True)  # ahead of the one that gathers
+    hooks = [
+        decoder.register_forward_pre_hook(before_pass, prepend=True),  # ahead of the one that gathers
+        decoder.register_forward_hook(after_pass),
+    ]
     try:
         yield
         _announce(False)  # after a failure, the others may wait for this one in a pass, and do not hear it
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         with suppress(RuntimeError):
             connected().set(RELEASED, "")
 
