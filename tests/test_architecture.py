@@ -25,8 +25,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from loratune.errors import LoratuneError
 from loratune.model.adapter.attach import attach_adapter
 from loratune.model.architecture import file_layout as architecture_file_layout
+from loratune.model.architecture.cache_argument import cache_argument
 from loratune.model.architecture.file_layout import FileLayout, Part, file_layout
 from loratune.model.architecture.layer_memory import LayerMemory, has_states, layer_memories
+from loratune.model.architecture.recurrent import recurrent_modules
 from loratune.model.architecture.roles import Role, gated_mlp, linear_modules, module_roles, quantised_matrices
 from loratune.model.architecture.structure import (
     decoder_of,
@@ -90,16 +92,32 @@ def test_such_a_name_would_be_found(line: str, is_found: bool) -> None:
     assert bool(NAMES.search(line)) is is_found
 
 
+@pytest.mark.parametrize(
+    ("argument", "forward"),
+    [
+        ("cache", lambda self, states, cache=None: states),
+        ("past_key_values", lambda self, states, past_key_values=None: states),
+        ("cache_params", lambda self, states, cache_params=None: states),
+        ("", lambda self, states: states),
+    ],
+)
+def test_layers_with_a_state_are_found_by_the_cache_of_any_release(argument: str, forward: Any) -> None:
+    layer = type("Mixer", (nn.Module,), {"forward": forward})()
+    layer.convolution = nn.Conv1d(2, 2, 3, groups=2)
+    assert cache_argument(layer) == argument
+    assert list(recurrent_modules(layer)) == [layer] * bool(argument)
+
+
 @pytest.mark.parametrize("kind", PLAIN)
 def test_the_parts_and_sizes_are_those_that_compute(kind: str) -> None:
     model = AutoModelForCausalLM.from_config(tiny_config(kind)).eval()
     seen: dict[str, Any] = {}
     decoder_of(model).register_forward_hook(lambda _, __, output: seen.update(states=output.last_hidden_state))
     output_layer(model).register_forward_hook(lambda _, inputs, output: seen.update(given=inputs[0], made=output))
-    cache = model(input_ids=torch.arange(5)[None], use_cache=True)
+    output = model(input_ids=torch.arange(5)[None], use_cache=True)
     assert torch.equal(seen["given"], seen["states"])
-    assert torch.equal(seen["made"], cache.logits)
-    keys = [layer.keys for layer in cache.past_key_values.layers]
+    assert torch.equal(seen["made"], output.logits)
+    keys = [layer.keys for layer in output[cache_argument(model)].layers]
     assert {tuple(layer.shape) for layer in keys} == {(1, key_value_heads(model.config), 5, head_size(model.config))}
     assert len(keys) == layer_count(model.config) == len(layer_memories(model.config))
     assert text_config(model.config) is model.config

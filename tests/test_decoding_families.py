@@ -31,6 +31,7 @@ from loratune.engine.slot_decoder import SlotDecoder
 from loratune.engine.slot_states import SlotStates
 from loratune.errors import LoratuneError
 from loratune.model.adapter.own_parameters import BASE
+from loratune.model.architecture.cache_argument import cache_argument
 from loratune.model.architecture.structure import output_layer
 from loratune.model.from_folder import load_plain
 
@@ -355,8 +356,8 @@ def test_a_model_with_a_cache_of_its_own_is_refused_before_anything_is_asked(mon
     model = random_model(DENSE["llama"])
     forward = model.forward
 
-    def fail_with_a_cache(*inputs: Any, past_key_values: Any = None, **given: Any) -> Any:
-        if past_key_values is not None:
+    def fail_with_a_cache(*inputs: Any, **given: Any) -> Any:
+        if given.get(cache_argument(model)) is not None:
             raise ValueError("a cache of its own, please")
         return forward(*inputs, **given)
 

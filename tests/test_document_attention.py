@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3
 from transformers.masking_utils import chunked_causal_mask_function
 
 from loratune.data.assembly.batches import collate_packed
+from loratune.model.architecture.cache_argument import cache_argument
 from loratune.model.kernels import packed_attention as document_attention
 from loratune.model.kernels.packed_attention import (
     DOCUMENT_ATTENTION,
@@ -200,11 +201,12 @@ def test_borders_that_do_not_fit_are_refused(models: Any, change: dict[str, Any]
 
 def test_borders_with_keys_of_an_earlier_call_are_refused(models: Any) -> None:
     model, _ = models
-    cache = model(torch.tensor([[5, 6]])).past_key_values
+    name = cache_argument(model)
+    cache = model(torch.tensor([[5, 6]]))[name]
     batch = batch_of(documents_of([3, 4]))
     del batch["labels"]
     with pytest.raises(ValueError, match="without a cache of earlier keys"):
-        model(**batch, past_key_values=cache)
+        model(**batch, **{name: cache})
 
 
 def test_a_saved_model_does_not_name_the_attention(models: Any, tmp_path: Path) -> None:

@@ -76,9 +76,9 @@ class PlainDecoder(Decoder):
         output = self.model(
             input_ids=torch.tensor([list(tokens)], device=self.device),
             position_ids=torch.arange(read, read + len(tokens), device=self.device)[None],
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=wanted,
+            **{self._cache_argument: cache},
             **self._adapters.select([adapter]),
         )
         logits: torch.Tensor = output.logits[0]

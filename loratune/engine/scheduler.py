@@ -18,6 +18,7 @@ from loratune.engine.sequence import RunningSequence
 from loratune.engine.token_choice import BatchChooser, TokenChooser
 from loratune.engine.types import Divergence
 from loratune.model.adapter.own_parameters import BASE
+from loratune.model.architecture.cache_argument import cache_argument
 from loratune.model.architecture.structure import causal_model, output_layer
 from loratune.model.kernels.few_rows import give_up_few_row_products, use_few_row_products
 from loratune.protocols import CausalModel
@@ -47,6 +48,7 @@ class Decoder(ABC):
         self.model = model
         base = causal_model(model)
         self._adapters = AdapterSwitch(model)
+        self._cache_argument = cache_argument(base)
         self._large_layers = use_few_row_products(base)
         # The last position's states are strided, and CPU bfloat16 products of strided rows are a hundred times slower.
         self._hook = output_layer(base).register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))

@@ -158,10 +158,10 @@ class SlotDecoder(Decoder):
         output = self.model(
             input_ids=torch.tensor(filled).to(self.device, non_blocking=True),  # without waiting for what runs
             position_ids=feed.positions,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=keep,
             feed=feed,
+            **{self._cache_argument: cache},
             **self._adapters.select(adapters),
         )
         cache.end_pass()

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
+from loratune.model.architecture.cache_argument import cache_argument
 from loratune.protocols import Decoder
-
-CACHES = frozenset({"cache_params", "past_key_values"})
-"""transformers' names of the argument that carries the state of earlier tokens."""
 
 
 def recurrent_modules(decoder: Decoder) -> Iterator[Any]:
@@ -25,5 +22,5 @@ def recurrent_modules(decoder: Decoder) -> Iterator[Any]:
     """
     for module in decoder.modules():
         has_convolution = any(isinstance(child, nn.Conv1d) for child in module.children())
-        if has_convolution and CACHES & inspect.signature(type(module).forward).parameters.keys():
+        if has_convolution and cache_argument(module):
             yield module

@@ -18,6 +18,7 @@ from torch import nn
 from torch.autograd.graph import increment_version
 from torch.utils._pytree import tree_leaves
 
+from loratune.model.architecture.cache_argument import cache_argument
 from loratune.model.architecture.structure import causal_model, decoder_of, layer_kinds
 from loratune.model.kernels import linear_cross_entropy
 from loratune.model.shapes_only import ShapesOnly
@@ -99,7 +100,8 @@ def cache_bytes(model: AdaptedModel, rows: int, tokens: int) -> tuple[int, int]:
     try:
         with ShapesOnly(), torch.no_grad():
             ids = torch.zeros(rows, tokens, dtype=torch.long)
-            cache = decoder_of(causal)(input_ids=ids, use_cache=True).past_key_values
+            decoder = decoder_of(causal)
+            cache = decoder(input_ids=ids, use_cache=True)[cache_argument(decoder)]
     finally:
         for module, mode in modes:
             module.training = mode
