@@ -15,7 +15,7 @@ from loratune.board.summary import RunSummary
 from loratune.board.table import origin_text
 from loratune.errors import LoratuneError
 from loratune.printable import visible
-from loratune.runs.state import next_command
+from loratune.runs.going_on import next_command
 
 CURVES = {**SERIES, "learning_rate": "learning rate"}
 MOST_POINTS = 1200
