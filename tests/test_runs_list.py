@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from board_runs import FALL, METRICS, make_evaluation, make_model, make_run, write_adapter
+from board_runs import FALL, METRICS, OBJECTION, make_evaluation, make_model, make_run, write_adapter
 from conftest import tree
 
 from loratune.board.search import Search
@@ -279,7 +279,8 @@ def test_verdicts_and_models_are_found_by_hash_and_not_by_name(cli: Any, folder:
     told = json.loads(cli("runs", "show", run, "--json").stdout)
     assert [one["name"] for one in told["models"]] == ["a/merged", "merged"]
     assert [(one["name"], one["fallen"]) for one in told["evaluations"]] == [("run/eval", {"form": FALL})]
-    assert f"better on 9 of 9 rows; {FALL}" in words(cli("runs", "show", run).stdout)
+    assert [one["objection"] for one in told["evaluations"]] == [OBJECTION]
+    assert f"better on 9 of 9 rows; {OBJECTION}; {FALL}" in words(cli("runs", "show", run).stdout)
     assert "of run" in cli("runs", "show", beside).stdout
 
 

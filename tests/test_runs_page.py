@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from board_runs import FALL, FINDING, METRICS, TOLD, make_evaluation, make_model, make_run
+from board_runs import FALL, FINDING, METRICS, OBJECTION, TOLD, make_evaluation, make_model, make_run
 from browsing import KEY_ADDRESS, chromium, opened, text_of, wait_until
 from conftest import ROWS, tree
 from hypothesis import given, settings
@@ -132,6 +132,7 @@ def test_a_run_is_shown_with_all_that_is_known_of_it(browser: Any, served: Serve
         assert text_of(page, "section:has(h2:text('Findings')) li") == ["rows.json, row 3 «Who?»"]
         assert "loss 2.0 → 1.0" in told
         assert FALL in told
+        assert OBJECTION in told
         assert "merged model" in told
         assert text_of(page, ".chart:has-text('Loss') .entry b") == ["1.000 at step 4", "1.500 at step 4"]
         page.locator(".chart svg").first.hover(position={"x": 60, "y": 60})

@@ -74,7 +74,8 @@ def _lineage_rows(state: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _evaluation(one: dict[str, Any]) -> str:
-    return "; ".join((f"{one['name']}: {one['verdict']}", str(one["sentence"]), *(one["fallen"] or {}).values()))
+    others = (*filter(None, [one["objection"]]), *(one["fallen"] or {}).values())
+    return "; ".join((f"{one['name']}: {one['verdict']}", str(one["sentence"]), *others))
 
 
 def _made(model: dict[str, Any]) -> str:
