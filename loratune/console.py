@@ -110,7 +110,9 @@ def _print(grid: Table, is_result: bool = False, title: str = "") -> None:
         page.print(*([Text(printable(title), style="bold")] if title else []), grid, "", sep="\n")
 
 
-def comparison(rows: Sequence[tuple[str, ...]], is_result: bool = False, is_text: bool = False) -> None:
+def comparison(
+    rows: Sequence[tuple[str, ...]], is_result: bool = False, is_text: bool = False, title: str = ""
+) -> None:
     """Print a table with headers in the first row: figures, right-aligned, or texts; results to stdout, as texts."""
     grid = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for place, name in enumerate(rows[0]):
@@ -118,7 +120,7 @@ def comparison(rows: Sequence[tuple[str, ...]], is_result: bool = False, is_text
         grid.add_column(Text(printable(name)), justify=side, overflow="fold")
     for row in rows[1:]:
         grid.add_row(*(Text(printable(value)) for value in row))
-    _print(grid, is_result)
+    _print(grid, is_result, title)
 
 
 def bars(counts: list[tuple[str, int]], title: str) -> None:

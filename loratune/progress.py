@@ -137,7 +137,7 @@ class StepProgress:
     def __init__(self, total_steps: int) -> None:
         self.total_steps = total_steps
         self._lines_every = max(1, total_steps // 20)
-        self._last_line = 0
+        self._last_line = self._last_validation = 0
         columns = (SpinnerColumn(), TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=None))
         self._progress = Progress(*columns, *_times(), console=console.stderr, expand=True)
         self._task = self._progress.add_task("training", total=total_steps)
@@ -148,13 +148,22 @@ class StepProgress:
         if console.stderr.is_terminal:
             self._live.start()
 
-    def update(self, step: int, figures: str) -> None:
+    def update(self, step: int, figures: str, validation: str = "", validated: int = 0) -> None:
+        """Show a step; lines tell a validation once.
+
+        Args:
+            step: its number.
+            figures: what the training has measured.
+            validation: what the newest validation has measured.
+            validated: step of that validation.
+        """
         self._progress.update(self._task, completed=step)
-        self._figures.plain = f"  {figures}"
+        self._figures.plain = f"  {figures}  {validation}"
         is_due = step % self._lines_every == 0 or step in (1, self.total_steps)
         if not console.stderr.is_terminal and is_due and step > self._last_line:
-            self._last_line = step
-            say(f"step {step}/{self.total_steps}  {figures}")
+            told = [figures, validation] if validated > self._last_validation else [figures]
+            self._last_line, self._last_validation = step, validated
+            say("  ".join([f"step {step}/{self.total_steps}", *told]), wraps=False)
 
     def stop(self) -> None:
         """Stop updating the bar, and leave it on the screen."""

@@ -30,6 +30,7 @@ METRICS = (
 )
 FINDING = DataFinding("short", "warn", 2, "2 of 12 training rows have short answers:\n  rows.json, row 3 «Who?»")
 FALL = "sound answers fell from 100.0% to 88.9%"
+OBJECTION = "no answer is word for word the expected one"
 TOLD = Told("Who are you?", "I am Robin.", "I am a model.", "I am Robin!", True, True)
 
 
@@ -80,11 +81,12 @@ def make_model(folder: Path, run: Path, base_sha256: str | None = BASE_SHA256) -
 
 
 def make_evaluation(folder: Path, run: Path, verdict: Any = "better", why: str = "loss 2.0 → 1.0") -> Path:
-    """Make the folder of an evaluation of a run, with a measure that has fallen."""
+    """Make the folder of an evaluation of a run, with a measure that has fallen, and an objection."""
     folder.mkdir(parents=True)
     files = read_manifest(run).files or {}
     hashes = {name[8:]: str(one["sha256"]) for name, one in files.items() if name.startswith("adapter/")}
     decisions = (Decision("rows", verdict, why),)
     told = (str(run), "base", "org/base", "tests.json", 9, 9, "loss", verdict, "better on 9 of 9 rows", decisions)
-    write_evaluation(folder, Evaluation(*told, fallen={"form": FALL}, inputs={"adapter": adapter_digest(hashes)}))
+    inputs = {"adapter": adapter_digest(hashes)}
+    write_evaluation(folder, Evaluation(*told, objection=OBJECTION, fallen={"form": FALL}, inputs=inputs))
     return folder

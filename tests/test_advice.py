@@ -23,8 +23,9 @@ from loratune.delivery.export.servers.plan import check_for
 from loratune.errors import Exit
 from loratune.model.files import check_base
 from loratune.recipe.loading import load_recipe
+from loratune.runs.going_on import next_command
 from loratune.runs.manifest import Manifest, read_manifest, write_manifest
-from loratune.runs.state import evaluation_command, next_command, serving_command
+from loratune.runs.state import evaluation_command, serving_command
 from loratune.runs.status import set_status
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.training import failures

@@ -109,7 +109,7 @@ def test_a_run_ends_with_what_its_evaluation_needs_installed(tmp_path: Path, mis
     assert told.startswith(f"is it better{install}: loratune eval ")
 
 
-def test_reversed_answers_are_worse_and_the_exit_code_says_so(evaluated: tuple[Path, Result]) -> None:
+def test_reversed_answers_are_worse_and_the_exit_code_says_so(evaluated: tuple[Path, Result], few_texts: Path) -> None:
     output, done = evaluated
     found = read_evaluation(output)
     assert done.exit_code == Exit.WORSE == 7, done.stderr
@@ -121,9 +121,13 @@ def test_reversed_answers_are_worse_and_the_exit_code_says_so(evaluated: tuple[P
     assert (found.measures["exact_match"].baseline, found.measures["exact_match"].tuned) == (1, 0)
     assert found.sentence in " ".join(done.stderr.split())
     assert found.sentence == (
-        "better on 0 of 16 rows, worse on 16; with 16 rows, a difference on less than 38% of them would not show"
+        "better on 0 of 16 rows, worse on 16; with 16 rows, only a difference on at least 6 of them can show"
     )
     assert str(output / "eval.html") in done.stderr
+    assert "general texts: the loss in nats per token, the lower the better" in done.stderr
+    passages = [one["language"] for one in json.loads((few_texts / "passages.json").read_text("utf-8"))]
+    loss = found.general_text["en"].loss.baseline
+    assert f"English, {passages.count('en')} passages {loss:.3f}" in " ".join(done.stderr.split())
     assert "worse: rows: the loss of the expected answers" in done.stderr
     assert not {"exact_match", "rouge_l", "bleu"} & found.fallen.keys()  # the verdict on the rows says so
 
@@ -282,13 +286,21 @@ def test_a_measure_that_falls_beside_a_better_verdict_is_told_with_its_rows(
     assert "fell from" not in said + (tmp_path / "whole" / "eval.html").read_text("utf-8")
 
 
-def test_a_run_beside_itself_shows_no_difference(evaluate: Evaluate, short_run: Path) -> None:
+def test_a_run_beside_itself_shows_no_difference(evaluate: Evaluate, short_run: Path, tmp_path: Path) -> None:
     rows = [{"instruction": f"What is {n}?", "output": "It is that."} for n in range(8)]
     found, done = evaluate(short_run, rows, "--against", shutil.copytree(short_run, short_run.parent / "again"))
     assert found.verdict == "no difference"
     assert {(one.better, one.worse, one.difference) for one in found.measures.values()} == {(0, 0, 0)}
-    told = "No difference shown: better on 0 of 8 rows, worse on 0; with 8 rows, a difference on less than 75% of them"
+    told = (
+        "No difference shown: better on 0 of 8 rows, worse on 0; with 8 rows, only a difference on at least 6 of them"
+    )
     assert told in " ".join(done.stderr.split())
+    assert found.names == ("run", "again")
+    for name in ("tuned", "baseline"):
+        assert f"{name} {getattr(found, name)} " in " ".join(done.stderr.split())
+    page = (tmp_path / "out" / "eval.html").read_text("utf-8")
+    assert page.count("<th>baseline: again</th><th>tuned: run</th>") == 2
+    assert "decided by the loss of the expected answers; --decide-by takes another measure" in done.stderr
 
 
 def test_runs_of_different_bases_are_compared_one_after_the_other(

@@ -16,9 +16,8 @@ from loratune.evaluation.statistics import (
     bootstrap_interval,
     compare,
     sign_test,
-    smallest_share,
 )
-from loratune.evaluation.verdict import decide, fallen_measures, overall, sentence_of, sentence_of_fall
+from loratune.evaluation.verdict import decide, fallen_measures, objection_to, overall, sentence_of, sentence_of_fall
 
 BETTER = compare([2.0] * 20, [1.0] * 20, is_loss=True)
 
@@ -85,10 +84,16 @@ def test_few_large_losses_among_many_small_gains_are_no_verdict() -> None:
 
 
 def test_what_so_many_rows_cannot_show_is_what_the_sign_test_needs() -> None:
-    rows = 60
-    fewest = round(smallest_share(rows) * rows)
-    assert sign_test(fewest, 0) < 0.05 <= sign_test(fewest - 1, 0)
-    assert smallest_share(3) == 1
+    fewest = FEWEST_DIFFERING
+    assert sign_test(fewest, 0) < 0.05
+    assert all(sign_test(better, worse) >= 0.05 for better in range(fewest) for worse in range(fewest - better))
+    told = {rows: sentence_of(shares(rows, 0), ()).rpartition("worse on 0; ")[2] for rows in (5, 8)}
+    assert told[5] == f"at least {fewest} rows are needed to show a difference"
+    assert (
+        told[8]
+        == f"with 8 rows, only a difference on at least {fewest} of them can show; more rows can show a smaller one"
+    )
+    assert sentence_of(shares(8, 8), ()).endswith(f"only a difference on at least {fewest} of them can show")
 
 
 def test_chance_alone_is_rarely_called_a_difference() -> None:
@@ -153,6 +158,45 @@ def test_a_measure_is_not_told_where_the_verdict_on_the_same_is_worse() -> None:
     risen = measures["loss"] = compare([1.0] * 20, [2.0] * 20, is_loss=True)
     assert "loss" in fallen_measures("asserts", measures | {"asserts": shares(20, 0, 9)}, ())
     assert sentence_of_fall("loss", risen).startswith("the loss of the expected answers rose from 1.000 to 2.000: ")
+
+
+NEVER_EXACT = compare([0.0] * 20, [0.0] * 20)
+SAME_LOSS = compare([1.0] * 20, [1.0] * 20, is_loss=True)
+HIGHER = compare([0.2] * 20, [0.6] * 20, margin=0.02)
+
+
+@pytest.mark.parametrize(
+    ("decided_by", "measures", "told"),
+    [
+        ("loss", {"loss": BETTER, "exact_match": NEVER_EXACT}, ("no answer is word for word", "--decide-by exact_")),
+        ("exact_match", {"exact_match": NEVER_EXACT, "rouge_l": HIGHER}, ("by ROUGE-L,", "--decide-by rouge_l")),
+        ("loss", {"loss": SAME_LOSS, "exact_match": shares(20, 0, 9), "rouge_l": HIGHER},
+         ("by exact answers and ROUGE-L,", "but the loss of the expected answers decided", "--decide-by exact_match")),
+        ("exact_match", {"exact_match": shares(20, 9), "loss": BETTER}, ("better by the loss", "--decide-by loss")),
+    ],
+)  # fmt: skip
+def test_what_other_measures_say_against_the_verdict_is_told_with_the_flag(
+    decided_by: str, measures: dict[str, Comparison], told: tuple[str, ...]
+) -> None:
+    objection = objection_to(decided_by, measures)
+    assert all(part in objection for part in told), objection
+
+
+@pytest.mark.parametrize(
+    ("decided_by", "measures"),
+    [
+        ("loss", {"loss": BETTER, "exact_match": shares(20, 0, 1), "rouge_l": HIGHER}),
+        ("loss", {"loss": BETTER}),
+        ("loss", {"loss": SAME_LOSS, "exact_match": NEVER_EXACT}),
+        ("loss", {"loss": SAME_LOSS, "exact_match": shares(20, 0, 3)}),  # which chance explains
+        ("asserts", {"asserts": shares(20, 0, 9), "exact_match": NEVER_EXACT}),  # they judge the answers themselves
+        ("exact_match", {"exact_match": shares(20, 0, 9), "loss": compare([1.0] * 20, [2.0] * 20, is_loss=True)}),
+    ],
+)
+def test_measures_that_agree_or_may_differ_by_chance_are_no_objection(
+    decided_by: str, measures: dict[str, Comparison]
+) -> None:
+    assert objection_to(decided_by, measures) == ""
 
 
 def test_what_makes_an_adapter_worse_beside_its_rows_comes_first() -> None:

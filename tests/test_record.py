@@ -257,7 +257,7 @@ def test_later_commands_do_without_the_recipe_s_settings(
     run = tmp_path / "run"
     flags = ["--model.base", "tiny-qwen", "--data.train", rows_file, "--training.max_steps", 1, "--output", run]
     assert cli("sft", *flags, "--evaluation.questions_share", 0).exit_code == 0
-    monkeypatch.setattr("loratune.runs.opening.load_written_recipe", lambda _: pytest.fail("read recipe.yaml"))
+    monkeypatch.setattr("loratune.runs.manifest.load_written_recipe", lambda _: pytest.fail("read recipe.yaml"))
     for command in (["verify", run], ["export", "--adapter", run, "--format", "adapter", "--output", tmp_path / "out"]):
         result = cli(*command)
         assert result.exit_code == 0, result.stderr

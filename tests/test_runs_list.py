@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from board_runs import FALL, METRICS, make_evaluation, make_model, make_run, write_adapter
+from board_runs import FALL, METRICS, OBJECTION, make_evaluation, make_model, make_run, write_adapter
 from conftest import tree
 
 from loratune.board.search import Search
@@ -279,7 +279,8 @@ def test_verdicts_and_models_are_found_by_hash_and_not_by_name(cli: Any, folder:
     told = json.loads(cli("runs", "show", run, "--json").stdout)
     assert [one["name"] for one in told["models"]] == ["a/merged", "merged"]
     assert [(one["name"], one["fallen"]) for one in told["evaluations"]] == [("run/eval", {"form": FALL})]
-    assert f"better on 9 of 9 rows; {FALL}" in words(cli("runs", "show", run).stdout)
+    assert [one["objection"] for one in told["evaluations"]] == [OBJECTION]
+    assert f"better on 9 of 9 rows; {OBJECTION}; {FALL}" in words(cli("runs", "show", run).stdout)
     assert "of run" in cli("runs", "show", beside).stdout
 
 
@@ -459,6 +460,33 @@ def test_one_run_is_no_comparison_and_neither_is_a_folder_of_others(cli: Any, fo
     run = make_run(folder / "run")
     assert cli("runs", "compare", run).exit_code == Exit.USAGE
     assert cli("runs", "compare", run, folder).exit_code == Exit.MODEL
+
+
+@pytest.mark.parametrize(
+    ("steps", "told"), [((), "none"), ((27,), "1, at step 27"), ((9, 18, 27), "3, at steps 9, 18, 27")]
+)
+def test_checkpoints_are_counted_and_their_steps_named(
+    cli: Any, folder: Path, steps: tuple[int, ...], told: str
+) -> None:
+    run = make_run(folder / "run", "interrupted")
+    for step in steps:
+        (run / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+    shown = cli("runs", "show", run)
+    assert f"checkpoints {told} files" in words(shown.stdout)
+    assert f"{'--resume' if steps else '--overwrite'}" in shown.stderr
+
+
+def test_a_model_is_not_compared_but_its_run_is_named_and_every_such_folder(cli: Any, folder: Path) -> None:
+    run = make_run(folder / "run")
+    gone = make_run(folder / "gone", weights=b"others")
+    models = make_model(folder / "merged", run), make_model(folder / "other", gone)
+    shutil.rmtree(gone)
+    done = cli("runs", "compare", models[0], run, models[1])
+    assert done.exit_code == Exit.MODEL
+    told = words(done.stderr)
+    assert f"{models[0]}: a merged model, not a run; give the run that it was made from, {run}" in told
+    assert f"{models[1]}: a merged model, not a run; give the run that it was made from, which does not lie" in told
+    assert cli("runs", "compare", run, make_run(folder / "run-2")).exit_code == 0
 
 
 def test_a_name_that_no_run_has_is_an_error(folder: Path) -> None:

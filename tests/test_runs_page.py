@@ -9,11 +9,12 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from board_runs import FALL, FINDING, METRICS, TOLD, make_evaluation, make_model, make_run
+from board_runs import FALL, FINDING, METRICS, OBJECTION, TOLD, make_evaluation, make_model, make_run
 from browsing import KEY_ADDRESS, chromium, opened, text_of, wait_until
 from conftest import ROWS, tree
 from hypothesis import given, settings
@@ -117,6 +118,34 @@ def test_sizes_are_written_as_in_a_terminal(browser: Any, served: Served) -> Non
         assert page.evaluate(script, sizes) == [memory(size) for size in sizes]
 
 
+STEP_LABELS = """([width, first, last]) => import('/page/chart.js').then(async (module) => {
+  const line = { name: "loss", points: [[first, 2], [last, 1]], color: 1, form: "" };
+  const picture = module.chart("steps", [line], String);
+  picture.style.width = `${width}px`;
+  document.body.append(picture);
+  while (!picture.querySelector("path")) await new Promise(requestAnimationFrame);
+  const labels = [...picture.querySelectorAll("text[text-anchor=middle]")];
+  const boxes = labels.map((one) => one.getBoundingClientRect());
+  const found = labels.map((one, at) => [one.textContent, boxes[at].left, boxes[at].right]);
+  picture.remove();
+  return found;
+})"""
+
+
+@pytest.mark.parametrize("width", [296, 420, 900])
+def test_a_chart_has_a_few_round_steps_below_it_which_do_not_overlap(browser: Any, served: Served, width: int) -> None:
+    with opened(browser, served, KEY_ADDRESS) as page:
+        for first, last, fewest in ((0, 184, 4), (1, 184, 3), (1, 45, 4), (0, 7, 3), (1, 1_200_000, 2), (3, 3, 1)):
+            labels = page.evaluate(STEP_LABELS, [width, first, last])
+            steps = [int(text.replace(",", "")) for text, *_ in labels]
+            assert fewest <= len(steps) <= 9, steps
+            assert first <= steps[0] <= steps[-1] <= last
+            apart = {one - before for before, one in pairwise(steps)}
+            assert len(apart) <= 1
+            assert all(set(str(distance).rstrip("0")) <= set("125") for distance in apart), apart
+            assert all(one[1] > before[2] + 4 for before, one in pairwise(labels)), labels
+
+
 def test_a_run_is_shown_with_all_that_is_known_of_it(browser: Any, served: Served, folder: Path) -> None:
     run = make_run(folder / "run")
     make_evaluation(run / "eval", run, "worse")
@@ -132,6 +161,7 @@ def test_a_run_is_shown_with_all_that_is_known_of_it(browser: Any, served: Serve
         assert text_of(page, "section:has(h2:text('Findings')) li") == ["rows.json, row 3 «Who?»"]
         assert "loss 2.0 → 1.0" in told
         assert FALL in told
+        assert OBJECTION in told
         assert "merged model" in told
         assert text_of(page, ".chart:has-text('Loss') .entry b") == ["1.000 at step 4", "1.500 at step 4"]
         page.locator(".chart svg").first.hover(position={"x": 60, "y": 60})

@@ -29,7 +29,7 @@ from loratune.runs.typed_json import read_typed
 from loratune.sweep import start
 from loratune.sweep.comparison import QUANTILES, Findings, differ, noise_of, standings
 from loratune.sweep.definition import Sweep, open_sweep
-from loratune.sweep.drawing import draw
+from loratune.sweep.drawing import draw, figure_of, page_of
 from loratune.sweep.plan import Failure, Outcome, Plan, Trial, Work, firsts, ranked, shares_of
 from loratune.sweep.pool import places
 from loratune.sweep.price import duration, measured
@@ -450,8 +450,17 @@ def test_exact_answers_decide_where_rows_ask_for_them_and_are_told(
     )
     head, *rows = rows_of(report)
     assert [row[head.index("exact")] for row in rows] == ["91.0%", "71.0%", "80.0%"]
+    panel = figure_of(report).axes[0]
+    assert panel.get_ylabel() == "exact validation answers"
+    drawn = sorted(float(y) for curve in panel.containers for y in curve.lines[0].get_ydata())
+    assert drawn == pytest.approx([0.71, 0.80, 0.91]), "the means over the seeds"
+    assert 'alt="exact validation answers over the settings"' in page_of(report, b"")
     by_loss = replace(sweep, plan=replace(sweep.plan, best_by="loss"))
     report = report_of(by_loss, trials)
+    panel = figure_of(report).axes[0]
+    assert panel.get_ylabel() == "validation loss (nats per token)"
+    drawn = sorted(float(y) for curve in panel.containers for y in curve.lines[0].get_ydata())
+    assert drawn == pytest.approx([0.10, 0.21, 0.31])
     assert report.best
     assert (report.ranked_by, report.best.name) == ("loss", "01-x")
     assert "exact" not in rows_of(report)[0]

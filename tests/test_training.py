@@ -278,10 +278,19 @@ def test_callbacks_are_called_in_their_written_order(
     assert order("guard") < min(order("keeper"), order("trackers"))
 
 
-def test_a_validation_is_shown_once_it_says_something_of_the_adapter(sft: Callable[..., Result]) -> None:
+def test_a_validation_is_shown_once_it_says_something_of_the_adapter_and_rates_are_short(
+    sft: Callable[..., Result], tmp_path: Path
+) -> None:
     result = sft("--evaluation.every_steps", "2", "--tracking.every_steps", "1")
     lines = [line for line in result.stderr.splitlines() if line.startswith("step ")]
-    assert [" val " in line for line in lines] == [False, False, True, True], "the first is that of the base"
+    assert [" val " in line for line in lines] == [False, False, True, False], "once, and not that of the base"
+    assert [" exact " in line for line in lines] == [" val " in line for line in lines]
+    rates = [re.search(r"  lr (\S+)  ", line)[1] for line in lines]
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rates[0] == "0", "the first step warms up"
+    assert not any("e-0" in rate for rate in rates)
+    known = [record["learning_rate"] for record in metrics if "learning_rate" in record]
+    assert [float(rate) for rate in rates] == pytest.approx(known, rel=0.05)
 
 
 def test_weights_spoilt_between_two_logs_are_never_saved(

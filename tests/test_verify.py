@@ -459,7 +459,14 @@ def test_a_single_file_is_one_file(cli: Cli, merged: Path, tmp_path: Path) -> No
 
 
 def test_runs_are_verified_by_their_manifest(cli: Cli, short_run: Path, tmp_path: Path) -> None:
-    assert cli("verify", short_run).exit_code == 0
+    verified = cli("verify", short_run, "--json")
+    assert verified.exit_code == 0
+    sealed = {"recipe.yaml", "probe.json", "findings.json", "adapter", "report.json"}
+    assert set(json.loads(verified.stdout)["parts"]) == sealed
+    shown = cli("verify", short_run, env={"COLUMNS": "400"}).stderr
+    files = len(list((short_run / "adapter").iterdir())) + len(sealed) - 1
+    assert f"run, {files} files as the run left them, by the hashes in manifest.json: " in shown
+    assert {*shown.rpartition(": ")[2].strip().split(", ")} == sealed
     run = Path(shutil.copytree(short_run, tmp_path / "run"))
     set_key("adapter/adapter_config.json", lora_alpha=64)(run)
     result = cli("verify", run)

@@ -20,6 +20,8 @@ class EvaluationValues(TypedDict):
     time: str | None
     verdict: str | None
     sentence: str | None
+    objection: str | None
+    """What other measures say where the deciding one says otherwise; empty if none does."""
     fallen: dict[str, str] | None
     """Measure that is worse without any decision that says so → a sentence about it."""
     baseline: str | None

@@ -7,23 +7,14 @@ from typing import Any
 
 from loratune.board.opened import beside
 from loratune.board.search import evaluation_values, model_values
-from loratune.board.summary import ModelSummary, summarise_model, summarise_run
+from loratune.board.summary import ModelSummary, summarise_run
 from loratune.board.table import origin_text
 from loratune.board.walk import Place
-from loratune.plain_files import is_file, require_folder
-from loratune.runs.folder import STATUS, VERIFICATION
+from loratune.plain_files import is_file
 from loratune.runs.intact import check_files
 from loratune.runs.manifest import TrainedFile
 from loratune.runs.remembered import remembered_sha256
 from loratune.runs.verification import read_verification
-
-
-def find_model(folder: Path) -> ModelSummary | None:
-    """Return the merged model or export in a folder; None for a run, or anything else."""
-    require_folder(folder, "a run folder")
-    if is_file(folder / STATUS) or not is_file(folder / VERIFICATION):
-        return None
-    return summarise_model(Place(folder, str(folder), "model"))
 
 
 def model_state(model: ModelSummary) -> dict[str, Any]:

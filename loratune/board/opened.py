@@ -10,12 +10,13 @@ from typing import Any
 
 from loratune import console
 from loratune.board.search import Found, Search
-from loratune.board.summary import EvaluationSummary, ModelSummary, RunSummary, summarise_run
+from loratune.board.summary import EvaluationSummary, ModelSummary, RunSummary, summarise_model, summarise_run
 from loratune.board.walk import Kind, Place
-from loratune.errors import LoratuneError, counted
+from loratune.errors import Exit, LoratuneError, counted
+from loratune.plain_files import is_file, require_folder
 from loratune.recipe.loading import load_written_recipe
 from loratune.runs.data_findings import DataFinding, read_findings
-from loratune.runs.folder import MANIFEST, RECIPE, REPORT, read_metrics
+from loratune.runs.folder import MANIFEST, RECIPE, REPORT, STATUS, VERIFICATION, read_metrics
 from loratune.runs.manifest import Manifest, read_manifest
 from loratune.runs.model_check import ModelCheck
 from loratune.runs.remembered import remembered_sha256
@@ -220,10 +221,24 @@ def open_place(folder: Path) -> OpenedRun:
     """Read all of the run in a folder; its evaluations and models are looked for within and beside it.
 
     Raises:
-        LoratuneError: the folder is no run.
+        LoratuneError: the folder is no run; of a model it names the runs that it was made from.
     """
+    if model := find_model(folder):
+        runs = [str(folder.parent / run.name) for run in beside(folder, ("run",)).runs_of(model)]
+        made = " and ".join(runs) or "which does not lie beside it"
+        raise LoratuneError(
+            f"{folder}: a {model.kind}, not a run; give the run that it was made from, {made}", Exit.MODEL
+        )
     require_run(folder)
     return open_run(beside(folder), summarise_run(Place(folder, str(folder), "run")))
+
+
+def find_model(folder: Path) -> ModelSummary | None:
+    """Return the merged model or export in a folder; None for a run, or anything else."""
+    require_folder(folder, "a run folder")
+    if is_file(folder / STATUS) or not is_file(folder / VERIFICATION):
+        return None
+    return summarise_model(Place(folder, str(folder), "model"))
 
 
 def beside(folder: Path, kinds: Sequence[Kind] = ("model", "evaluation")) -> Found:

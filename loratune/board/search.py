@@ -103,7 +103,7 @@ class Found:
 def evaluation_values(one: EvaluationSummary) -> dict[str, Any]:
     """Return an evaluation's verdict and tasks, in JSON types."""
     result = one.result
-    shown = ("verdict", "sentence", "fallen", "baseline", "tests")
+    shown = ("verdict", "sentence", "objection", "fallen", "baseline", "tests")
     told = {name: getattr(result, name) if result else None for name in shown}
     tasks = [task.name for task in one.benchmarks.tasks] if one.benchmarks else []
     place = {"name": one.name, "folder": str(one.folder), "time": one.time}

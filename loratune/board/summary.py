@@ -19,10 +19,10 @@ from loratune.plain_files import is_file
 from loratune.runs.file_hashes import Records
 from loratune.runs.fingerprint import FULL
 from loratune.runs.folder import REPORT, VERIFICATION, newest_metrics, trained_steps
+from loratune.runs.going_on import state_now
 from loratune.runs.lineage import merged_weights, sealed_digest, sealed_weights
 from loratune.runs.manifest import Manifest, TrainedFile, read_manifest
 from loratune.runs.report import Report, read_report
-from loratune.runs.state import state_now
 from loratune.runs.status import Status, read_status
 from loratune.runs.tags import read_tags
 from loratune.runs.verification import AnyVerification, ExportedFolder, MergedModel, read_verification

@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from loratune.board.comparison import RunComparison, compare_runs
-from loratune.board.opened import open_place
+from loratune.board.opened import OpenedRun, open_place
 from loratune.board.table import show_comparison
 from loratune.cli.documents import Document
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, joined
 
 DOCUMENT = Document("runs-compare", 1, lambda: RunComparison)
 DETAILS = """\
@@ -26,8 +26,25 @@ def command(
 ) -> None:
     if len(runs) < 2:
         raise LoratuneError("give two runs or more", Exit.USAGE)
-    found = compare_runs([open_place(run) for run in runs])
+    found = compare_runs(_opened(runs))
     if json:
         DOCUMENT.write(asdict(found))
     else:
         show_comparison(found)
+
+
+def _opened(runs: list[Path]) -> list[OpenedRun]:
+    """Open all runs.
+
+    Raises:
+        LoratuneError: tells of every folder that is no run.
+    """
+    opened, refused = list[OpenedRun](), list[LoratuneError]()
+    for run in runs:
+        try:
+            opened.append(open_place(run))
+        except LoratuneError as error:
+            refused.append(error)
+    if refused:
+        raise joined([error.message for error in refused], refused[0].exit_code)
+    return opened

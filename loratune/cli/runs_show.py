@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,10 +9,11 @@ import typer
 
 from loratune import console
 from loratune.board.layout import ShownModel, ShownRun
-from loratune.board.lineage import find_model, model_state, run_lineage
+from loratune.board.lineage import model_state, run_lineage
+from loratune.board.opened import find_model
 from loratune.cli.documents import Document
-from loratune.commands import Command
 from loratune.errors import counted
+from loratune.runs.going_on import next_command
 from loratune.runs.state import run_state
 
 BASES = {
@@ -41,8 +41,8 @@ def command(
         return
     rows = _model_rows(state) if model else [*_rows(state), *_lineage_rows(state)]
     console.table(rows, title=state["output"], is_result=True)
-    if state.get("next"):
-        console.next_step(Command("next", tuple(shlex.split(state["next"]))))
+    if not model and (advised := next_command(run, state["state"])):
+        console.next_step(advised)
 
 
 def _rows(state: dict[str, Any]) -> list[tuple[str, str]]:
@@ -55,11 +55,12 @@ def _rows(state: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("validation loss", f"{state['validation_loss']:.4f}{best}"))
     if state["exact_answers"] is not None:
         rows.append(("exact answers", f"{state['exact_answers']:.1%}, best {state['best_exact_answers']:.1%}"))
-    checkpoints = ", ".join(str(step) for step in state["checkpoints"]) or "none"
+    steps = state["checkpoints"]
+    at = f"{len(steps)}, at {'step' if len(steps) == 1 else 'steps'} {', '.join(map(str, steps))}"
     changed = f"changed since: {', '.join(state['changed'])}; commands that read these files refuse the run"
     return [
         *rows,
-        ("checkpoints", checkpoints),
+        ("checkpoints", at if steps else "none"),
         ("files", changed if state["changed"] else "unchanged"),
         ("base", BASES[state["base_checked"]]),
     ]
@@ -73,7 +74,8 @@ def _lineage_rows(state: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _evaluation(one: dict[str, Any]) -> str:
-    return "; ".join((f"{one['name']}: {one['verdict']}", str(one["sentence"]), *(one["fallen"] or {}).values()))
+    others = (*filter(None, [one["objection"]]), *(one["fallen"] or {}).values())
+    return "; ".join((f"{one['name']}: {one['verdict']}", str(one["sentence"]), *others))
 
 
 def _made(model: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,10 @@ from loratune.cli.flags import Adapter, Force, Json, Logits, MovedBase, adapter_
 from loratune.errors import Exit, LoratuneError, counted
 from loratune.imports import importing
 from loratune.printable import LONGEST_PATH, shortened
+from loratune.runs.folder import MANIFEST
+
+if TYPE_CHECKING:
+    from loratune.delivery.reverify import Verified
 
 DETAILS = """\
 Recomputes the sha256 of every file of a merged model or an export, and of a run's adapter, recipe, probe rows and
@@ -63,12 +67,18 @@ def command(
         return
     for remark in verified.remarks:
         console.warn(f"{remark}; no program loads it")
-    again = ", and its merge is proved again" if verified.proved_again else ", by their hashes"
-    files = counted(verified.files, "file")
-    if verified.unchanged == verified.files:
-        found = f"{files} as {'it was' if verified.files == 1 else 'they were'} verified"
-    else:
-        found = f"{verified.unchanged:,} of {files} as they were verified"
-    console.say(f"{folder}: {verified.kind}, {found}{again}", style="bold")
+    console.say(f"{folder}: {verified.kind}, {_found(verified)}", style="bold")
     if verified.proved and isinstance(verified.proved.proved, MergedModel):
         show_verification(verified.proved.proved, is_recorded=not verified.proved_again)
+
+
+def _found(verified: Verified) -> str:
+    """Say which files are as they were, and by what."""
+    files = counted(verified.files, "file")
+    if verified.parts:
+        left = "it" if verified.files == 1 else "them"
+        return f"{files} as the run left {left}, by the hashes in {MANIFEST}: {', '.join(verified.parts)}"
+    again = ", and its merge is proved again" if verified.proved_again else ", by their hashes"
+    if verified.unchanged == verified.files:
+        return f"{files} as {'it was' if verified.files == 1 else 'they were'} verified{again}"
+    return f"{verified.unchanged:,} of {files} as they were verified{again}"

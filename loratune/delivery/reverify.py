@@ -41,6 +41,8 @@ class Verified:
     """How many were compared."""
     unchanged: int
     """How many of them are as they were."""
+    parts: tuple[str, ...] = ()
+    """Files and folders of a run that were compared; none of a model, of which every file was."""
     proved: AnyVerification | None = None
     """What verification.json says, or what has been proved again; None of a run."""
     proved_again: bool = False
@@ -65,6 +67,8 @@ class VerifiedValues(TypedDict):
     """How many were compared."""
     unchanged: int
     """How many of them are as they were."""
+    parts: list[str]
+    """Files and folders of a run that were compared; none of a model, of which every file was."""
     proved: MergedFile | ExportedFile | None
     """What verification.json says, or what has been proved again; null of a run."""
     proved_again: bool
@@ -132,7 +136,8 @@ def _verify_run(folder: Path, adapter: AdapterSource | None) -> Verified:
     source = open_whole_run(folder)
     manifest = source.manifest
     files, is_sealed = (manifest.files or {}, manifest.is_sealed) if manifest else ({}, False)
-    return Verified(folder, "run", is_sealed, len(files), len(files), warnings=tuple(source.remarks))
+    parts = tuple(dict.fromkeys(name.partition("/")[0] for name in files))
+    return Verified(folder, "run", is_sealed, len(files), len(files), parts, warnings=tuple(source.remarks))
 
 
 def _prove_again(

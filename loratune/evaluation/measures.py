@@ -16,7 +16,7 @@ from loratune.generation.batch.answer_file import AnswerFile
 from loratune.generation.batch.answer_scores import score_rows
 from loratune.generation.batch.row_answers import Side, Work
 
-LOSS, ASSERTS, JUDGE, FORM = "loss", "asserts", "judge", "form"
+LOSS, ASSERTS, JUDGE, FORM, EXACT = "loss", "asserts", "judge", "form", "exact_match"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ MEASURES = {
     LOSS: Measure(
         "loss of answers", "the loss of the expected answers", margin=0.02, is_loss=True, unit="nats per token"
     ),
-    "exact_match": Measure("exact match", "exact answers", is_share=True),
+    EXACT: Measure("exact match", "exact answers", is_share=True),
     "rouge_l": Measure("ROUGE-L", "ROUGE-L", margin=0.02),
     "bleu": Measure("BLEU", "BLEU", margin=2.0, digits=1),
     FORM: Measure("sound form", "sound answers", is_share=True),
@@ -49,7 +49,7 @@ MEASURES = {
 DECIDING = (ASSERTS, JUDGE, LOSS)
 """Measures that decide about the rows; the first that some row has does, unless another is asked for."""
 
-OF_REFERENCES = (LOSS, "exact_match", "rouge_l", "bleu")
+OF_REFERENCES = (LOSS, EXACT, "rouge_l", "bleu")
 """Measures of rows with an expected answer."""
 
 RowMeasures = dict[tuple[str, int], dict[str, Any]]

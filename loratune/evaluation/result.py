@@ -136,6 +136,8 @@ class Evaluation:
     decisions: tuple[Decision, ...]
     measures: Mapping[str, Comparison] = field(default_factory=dict)
     """Name of a measure → its comparison on the compared rows that have it."""
+    objection: str = ""
+    """What other measures say where the deciding one says otherwise, in a sentence; empty if none does."""
     fallen: Mapping[str, str] = field(default_factory=dict)
     """Name of a measure that is worse without any decision that says so → by how much, and on which rows."""
     form: Mapping[str, Form] = field(default_factory=dict)
@@ -149,6 +151,14 @@ class Evaluation:
     inputs: Mapping[str, Any] = field(default_factory=dict)
     """Hashes of all that the results depend on, and the settings of the comparison."""
     warnings: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """What to call the tuned model and the baseline: the ends of their paths, as long as they are the same."""
+        paths = Path(self.tuned).parts, Path(self.baseline).parts
+        lengths = range(1, max(map(len, paths)) + 1)
+        ends = [(str(Path(*paths[0][-length:])), str(Path(*paths[1][-length:]))) for length in lengths]
+        return next((pair for pair in ends if pair[0] != pair[1]), ends[0])
 
     @property
     def is_worse(self) -> bool:

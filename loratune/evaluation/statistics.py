@@ -18,7 +18,7 @@ MOST_DRAWN = 1 << 27
 """Drawn rows of all resamples, which bounds the time: beyond 13,000 rows there are fewer resamples."""
 SEED = 0
 FEWEST_DIFFERING = 6
-"""Rows that all differ in one direction before the sign test rejects chance at 5 %: 2 · 0.5⁶ = 0.03."""
+"""Rows that must differ before the sign test rejects chance at 5 %: if all do in one direction, 2 · 0.5⁶ = 0.03."""
 AT_ONCE = 1 << 22
 """Drawn rows that are held at once."""
 
@@ -113,8 +113,3 @@ def sign_test(better: int, worse: int) -> float:
         for k in range(max(better, worse), count + 1)
     )
     return min(1.0, 2 * tail)
-
-
-def smallest_share(rows: int) -> float:
-    """Return the smallest share of rows that must differ, all in one direction, before a difference can be shown."""
-    return min(1.0, FEWEST_DIFFERING / rows)

@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping
 
 from loratune.errors import counted
 from loratune.evaluation.bounds import Bounds
-from loratune.evaluation.measures import DECIDING, FORM, MEASURES, Measure, in_units, interval
+from loratune.evaluation.measures import DECIDING, EXACT, FORM, LOSS, MEASURES, Measure, in_units, interval
 from loratune.evaluation.result import Decision, GeneralAnswers, GeneralText
-from loratune.evaluation.statistics import CONFIDENCE, FEWEST_DIFFERING, Comparison, Verdict, smallest_share
+from loratune.evaluation.statistics import CONFIDENCE, FEWEST_DIFFERING, Comparison, Verdict
 
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 FORM_BOUND = 0.1
@@ -71,12 +71,42 @@ def worse_beside_rows(decisions: Collection[Decision]) -> list[str]:
 def sentence_of(comparison: Comparison, decisions: Collection[Decision]) -> str:
     """Return the result in one sentence: what makes it worse beside the rows, the rows, and what they cannot show."""
     rows = counted(comparison.rows, "row")
-    cannot = f"with {rows}, a difference on less than {smallest_share(comparison.rows):.0%} of them would not show"
+    cannot = f"with {rows}, only a difference on at least {FEWEST_DIFFERING} of them can show"
     if comparison.rows < FEWEST_DIFFERING:
         cannot = f"at least {FEWEST_DIFFERING} rows are needed to show a difference"
+    elif comparison.verdict == "no difference":
+        cannot += "; more rows can show a smaller one"
     on_rows = f"better on {comparison.better} of {rows}, worse on {comparison.worse}; {cannot}"
     beside = worse_beside_rows(decisions)
     return f"{' and '.join(beside)}; the rows themselves: {on_rows}" if beside else on_rows
+
+
+def objection_to(decided_by: str, measures: Mapping[str, Comparison]) -> str:
+    """Return what other measures say for the tuned model, or lack, where the deciding one says otherwise.
+
+    Measures that are worse are told one by one: see `fallen_measures`.
+
+    Args:
+        decided_by: the measure that decides about the rows.
+        measures: name → comparison.
+
+    Returns:
+        A sentence with the way to let another measure decide; empty if none says otherwise.
+    """
+    verdict, exact = measures[decided_by].verdict, measures.get(EXACT)
+    better = [name for name, one in measures.items() if one.verdict == "better" != verdict]
+    if better:
+        nouns = " and ".join(MEASURES[name].noun for name in better)
+        return (
+            f"the adapter is better by {nouns}, more than chance explains, but {MEASURES[decided_by].noun} decided; "
+            f"for a verdict by another measure: eval --decide-by {better[0]}"
+        )
+    if verdict == "better" and decided_by == LOSS and exact and not exact.tuned:
+        return (
+            "no answer is word for word the expected one, and the loss only says how likely those have become; "
+            f"eval --decide-by {EXACT} or rouge_l compares the answers themselves"
+        )
+    return ""
 
 
 def fallen_measures(decided_by: str, measures: Mapping[str, Comparison], decisions: Collection[Decision]) -> list[str]:
@@ -112,6 +142,11 @@ def sentence_of_fall(name: str, one: Comparison) -> str:
         f"{measure.noun} {way} to {in_units(measure, one.tuned)}: worse on {one.worse} of {counted(one.rows, 'row')}, "
         f"better on {one.better}, {chance}"
     )
+
+
+def text_title(language: str, text: GeneralText) -> str:
+    """Return what a table calls the general texts of a language."""
+    return f"{LANGUAGES.get(language, language)}, {counted(text.passages, 'passage')}"
 
 
 def _about_rows(name: str, one: Comparison) -> str:

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 from loratune.errors import Exit, LoratuneError
 from loratune.plain_files import read_json_object
+from loratune.recipe.loading import load_written_recipe
 from loratune.runs.file_hashes import are_records
-from loratune.runs.folder import ADAPTER, FORMAT_VERSION, MANIFEST, SEALED_BY, has_changed, with_seal
+from loratune.runs.folder import ADAPTER, FORMAT_VERSION, MANIFEST, RECIPE, SEALED_BY, has_changed, with_seal
 from loratune.runs.model_check import ModelCheck
 from loratune.runs.record import RunRecord, read_record
 from loratune.writing import write_json
@@ -68,7 +69,7 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=dict)
     """Library → version."""
     record: RunRecord | None = None
-    """None in manifests of earlier versions; `runs.opening` then derives it from recipe.yaml."""
+    """None in manifests of earlier versions; `run_record` then derives it from recipe.yaml."""
     created: str = ""
     """Start time of the run, ISO 8601."""
     files: Mapping[str, Mapping[str, Any]] | None = field(default_factory=dict)
@@ -133,6 +134,20 @@ def read_manifest(run: Path) -> Manifest:
         raise LoratuneError(f"{run / MANIFEST}: {error}", Exit.MODEL) from error
     except (TypeError, KeyError, AttributeError) as error:
         raise LoratuneError(f"{run / MANIFEST}: damaged: {type(error).__name__}: {error}", Exit.MODEL) from error
+
+
+def run_record(run: Path, manifest: Manifest) -> RunRecord:
+    """Return the record of a run; for earlier versions it is derived from the recipe.
+
+    Raises:
+        LoratuneError: the recipe of such a run cannot be read.
+    """
+    if manifest.record:
+        return manifest.record
+    try:
+        return RunRecord.of(load_written_recipe(run / RECIPE))
+    except LoratuneError as error:
+        raise LoratuneError(str(error), Exit.MODEL) from error
 
 
 def _parsed(values: dict[str, Any]) -> Manifest:

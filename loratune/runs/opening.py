@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from loratune.commands import loratune
 from loratune.errors import Exit, LoratuneError
 from loratune.plain_files import is_file, is_folder, read_json_object, require_folder
 from loratune.printable import shortened
-from loratune.recipe.loading import load_written_recipe
 from loratune.recipe.sections import ModelSettings, PromptSettings
 from loratune.runs.checkpoint import SEAL, Checkpoint
 from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, RECIPE, STATUS, VERIFICATION
+from loratune.runs.going_on import following_command, newest_checkpoint, next_command, state_now
 from loratune.runs.intact import require_intact
 from loratune.runs.lock import lock_holder
-from loratune.runs.manifest import Manifest, TrainedBase, read_manifest
+from loratune.runs.manifest import Manifest, TrainedBase, read_manifest, run_record
 from loratune.runs.merged import Combined
 from loratune.runs.record import RunRecord
 from loratune.runs.seals import (
@@ -152,7 +151,7 @@ def open_settled_adapter(path: Path, force: bool = False) -> AdapterSource:
         LoratuneError: a process is training there (with pid and host), or there is no adapter.
     """
     for folder in (path, *path.absolute().parents[:2]):
-        _require_settled(folder, ", or copy one of its checkpoints elsewhere and take that")
+        _require_settled(folder, can_copy=True)
     return open_adapter(path, force)
 
 
@@ -172,11 +171,16 @@ def open_whole_run(run: Path) -> AdapterSource:
     return AdapterSource(run / ADAPTER, run_record(run, manifest), manifest, run)
 
 
-def _require_settled(folder: Path, instead: str = "") -> None:
+def _require_settled(folder: Path, can_copy: bool = False) -> None:
+    """Raise if a process is training in a folder; can_copy says that the command takes a checkpoint from elsewhere."""
     holder = lock_holder(folder) if is_file(folder / STATUS) else None
     if holder:
+        newest = newest_checkpoint(folder)
+        instead = f", or copy its newest checkpoint, {newest}, elsewhere and take that" if can_copy and newest else ""
         raise LoratuneError(
-            f"{folder} is in use by {holder}, which trains there; wait until it has ended{instead}", Exit.USAGE
+            f"{folder} is in use by {holder}, which trains there; wait until it has ended{instead}",
+            Exit.USAGE,
+            [following_command(folder)],
         )
 
 
@@ -232,12 +236,20 @@ def _open_run(run: Path, adapter: Path, force: bool) -> AdapterSource:
 def _require_adapter(run: Path, adapter: Path) -> None:
     if adapter.is_dir():
         return
-    checkpoints = sorted(str(folder) for folder in (run / CHECKPOINTS).glob("step-*"))
-    state = read_status(run).state if (run / STATUS).is_file() else "unknown"
-    resumed = loratune("go on with", "sft", {"--config": run / RECIPE, "--resume": True})
-    hint = f"; its newest checkpoint is {checkpoints[-1]}" if checkpoints else ""
-    advised = [resumed] if checkpoints else []
-    raise LoratuneError(f"{run}: the run has no adapter yet (state: {state}){hint}", Exit.MODEL, advised)
+    holder, newest = lock_holder(run), newest_checkpoint(run)
+    if holder:
+        instead = f"take its newest checkpoint meanwhile, {newest}" if newest else "there is no checkpoint yet either"
+        raise LoratuneError(
+            f"{run}: {holder} is still training it, so it has no adapter yet; {instead}",
+            Exit.MODEL,
+            [following_command(run)],
+        )
+    state = state_now(run, read_status(run)) if (run / STATUS).is_file() else "unknown"
+    advised = next_command(run, "interrupted" if state == "finished" else state)  # its adapter has been removed
+    hint = f"; its newest checkpoint is {newest}" if newest else ""
+    raise LoratuneError(
+        f"{run}: the run has no adapter (state: {state}){hint}", Exit.MODEL, [advised] if advised else []
+    )
 
 
 def _open_checkpoint(run: Path, folder: Path, force: bool) -> AdapterSource:
@@ -249,17 +261,3 @@ def _open_checkpoint(run: Path, folder: Path, force: bool) -> AdapterSource:
     record = run_record(run, manifest)
     other = require_same_settings(checkpoint, run, record, force) if checkpoint else []
     return AdapterSource(folder, record, manifest, run, (*damage, *changed, *other), checkpoint=checkpoint)
-
-
-def run_record(run: Path, manifest: Manifest) -> RunRecord:
-    """Return the record of a run; for earlier versions it is derived from the recipe.
-
-    Raises:
-        LoratuneError: the recipe of such a run cannot be read.
-    """
-    if manifest.record:
-        return manifest.record
-    try:
-        return RunRecord.of(load_written_recipe(run / RECIPE))
-    except LoratuneError as error:
-        raise LoratuneError(str(error), Exit.MODEL) from error

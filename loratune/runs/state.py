@@ -15,15 +15,11 @@ from loratune.extras import FOR_EVALUATION, first_install
 from loratune.recipe.advice import is_served
 from loratune.runs.base_check import how_checked
 from loratune.runs.checkpoint import checkpoint_steps
-from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, RECIPE, read_metrics, trained_steps
-from loratune.runs.lock import lock_holder
-from loratune.runs.manifest import read_manifest
-from loratune.runs.opening import run_record
+from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, read_metrics, trained_steps
+from loratune.runs.going_on import next_command, state_now
+from loratune.runs.manifest import read_manifest, run_record
 from loratune.runs.seals import ALL_SEALED, TO_PROMPT, changed_files
-from loratune.runs.status import Status, read_status, require_run
-
-LOWER = 3
-"""Divisor of a learning rate that diverged."""
+from loratune.runs.status import read_status, require_run
 
 
 class RunState(TypedDict):
@@ -91,11 +87,6 @@ def run_state(output: Path) -> RunState:
     }
 
 
-def state_now(output: Path, status: Status) -> str:
-    """Return a run's state; a run that is marked as running and has no process has crashed."""
-    return "crashed" if status.state == "running" and lock_holder(output) is None else status.state
-
-
 def _seconds_left(records: list[dict[str, Any]], steps: int | None) -> float | None:
     """Return the expected time to the last step; None before the first step, and if the last is not known."""
     newest = records[-1] if records else {}
@@ -121,36 +112,6 @@ def _seal(output: Path) -> _Seal:
     except LoratuneError as error:
         return {"base_checked": how_checked({}), "changed": [str(error)]}
     return {"base_checked": how_checked(manifest.base.hashes if manifest.base else {}), "changed": changed}
-
-
-def next_command(output: Path, state: str) -> Command | None:
-    """Return the next command; None while the run is in progress.
-
-    Args:
-        output: run folder.
-        state: state of the run.
-    """
-    if state == "running":
-        return None
-    if state == "finished":
-        return loratune("next", "infer", {"--adapter": output})
-    flags: dict[str, object] = {"--config": output / RECIPE, "--gpus": _gpus(output)}
-    if state == "diverged":
-        rate = run_record(output, read_manifest(output)).learning_rate
-        lower = {"--overwrite": True, "--training.learning_rate": f"{rate / LOWER:.3g}"}
-        return loratune("start anew with a lower learning rate", "sft", flags | lower)
-    if checkpoint_steps(output / CHECKPOINTS):
-        return loratune("go on with", "sft", flags | {"--resume": True})
-    return loratune("no checkpoint was written; start anew with", "sft", flags | {"--overwrite": True})
-
-
-def _gpus(output: Path) -> int | None:
-    """Return the number of a run's `--gpus`; None without it, and where the manifest cannot be read."""
-    try:
-        count = read_manifest(output).gpus
-    except LoratuneError:
-        return None
-    return count if count > 1 else None
 
 
 def evaluation_command(output: Path) -> Command:

@@ -1,18 +1,19 @@
-"""Draws a sweep: the loss over the first setting, a curve for each combination of the others, a panel for each rung."""
+"""Draws a sweep: what ranks it over the first setting, a curve for each combination of the others, a panel per rung."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from loratune.errors import counted
-from loratune.sweep.report import SweepReport, TrialReport
+from loratune.sweep.report import Standing, SweepReport, TrialReport
 from loratune.sweep.showing import rows_of
 from loratune.sweep.space import short_names, text_of
 from loratune.writing import write_pieces, write_text
@@ -25,8 +26,8 @@ ROOM = 36
 SPREAD = 3
 """Numbers that are this far apart are drawn on a logarithmic scale."""
 CAPTION = (
-    "Losses are in {unit}. “forgot” is by how much the loss of bundled general texts has risen, in English or Chinese, "
-    "whichever was forgotten more."
+    "The picture shows {drawn}. Losses are in {unit}. “forgot” is by how much the loss of bundled general texts has "
+    "risen, in English or Chinese, whichever was forgotten more."
 )
 COLORS = ("#2b5c9e", "#d1495b", "#3a7d44", "#8e5bb5", "#c98a1b", "#3b9ba6", "#7a5c45", "#666666")
 STYLE = """\
@@ -46,51 +47,77 @@ def draw(folder: Path, report: SweepReport) -> None:
 
 def picture_of(report: SweepReport) -> bytes:
     """Return the curves as PNG."""
+    content = io.BytesIO()
+    figure_of(report).savefig(content, format="png")
+    return content.getvalue()
+
+
+def figure_of(report: SweepReport) -> Figure:
+    """Return the curves."""
     panels = _panels(report)
     figure = Figure(figsize=(max(7, 4.6 * len(panels)), 4.6), layout="constrained", dpi=120)
     for place, (title, trials) in enumerate(panels, start=1):
         axes = figure.add_subplot(1, len(panels), place)
         _draw_panel(axes, report, trials, is_last=place == len(panels))
         axes.set_title(title, fontsize=10)
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return content.getvalue()
+    return figure
 
 
 def _panels(report: SweepReport) -> list[tuple[str, list[tuple[TrialReport, float]]]]:
-    """Return title, and trials with their losses there, for the last rungs; each is a step that trials share."""
+    """Return title, and trials with what ranks them there, for the last rungs; each is a step that trials share."""
     mains = [trial for trial in report.trials if trial.repeats is None]
     panels = []
     for rung in range(len(report.shares)):
-        there = [(trial, list(trial.losses.values())[rung]) for trial in mains if len(trial.losses) > rung]
-        steps = sorted({int(list(trial.losses)[rung]) for trial, _ in there})
+        at = {trial.name: list(trial.losses)[rung] for trial in mains if len(trial.losses) > rung}
+        figures = [(trial, _figures(report, trial).get(at[trial.name])) for trial in mains if trial.name in at]
+        there = [(trial, figure) for trial, figure in figures if figure is not None]
         if there:
+            steps = sorted({int(at[trial.name]) for trial, _ in there})
             ends = str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
             panels.append((f"{counted(len(there), 'trial')} at step {ends}", there))
     return panels[-MOST_PANELS:]
+
+
+def _figures(report: SweepReport, trial: TrialReport) -> Mapping[str, float]:
+    """Return step of each rung → what the trials are ranked by."""
+    return trial.exacts if report.ranked_by == "exact" else trial.losses
+
+
+def _repeated(report: SweepReport, standing: Standing) -> tuple[float, float]:
+    """Return the mean of what the trials are ranked by, and its deviation over the seeds."""
+    if report.ranked_by == "exact":
+        return standing.exact or 0.0, standing.exact_deviation or 0.0
+    return standing.loss, standing.deviation or 0.0
 
 
 def _draw_panel(axes: Any, report: SweepReport, trials: Sequence[tuple[TrialReport, float]], is_last: bool) -> None:
     setting, *others = report.over
     values, spread = report.over[setting], {one.name: one for one in report.repeated}
     curves = dict[str, list[tuple[float, float, float]]]()
-    for trial, loss in trials:
+    for trial, figure in trials:
         if setting not in trial.settings:  # its method makes no use of it
             continue
         standing = spread.get(trial.name) if is_last else None
-        point = (standing.loss, standing.deviation or 0.0) if standing else (loss, 0.0)
+        point = _repeated(report, standing) if standing else (figure, 0.0)
         place = _place(values, trial.settings[setting])
         curves.setdefault(_curve(trial, others), []).append((place, *point))
     names, line = _curves(report, others), "-" if _are_numbers(values) else ":"
     for name in sorted(curves, key=names.index)[:MOST_CURVES]:
-        where, losses, errors = zip(*sorted(curves[name]), strict=True)
+        where, figures, errors = zip(*sorted(curves[name]), strict=True)
         color = COLORS[names.index(name) % len(COLORS)]
-        axes.errorbar(where, losses, errors, **MARKS, linestyle=line, color=color, label=name or None)
-    axes.set(xlabel=setting, ylabel=f"validation loss ({report.unit})")
+        axes.errorbar(where, figures, errors, **MARKS, linestyle=line, color=color, label=name or None)
+    axes.set(xlabel=setting, ylabel=_shown(report))
+    if report.ranked_by == "exact":
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(alpha=0.25)
     _set_scale(axes, values)
     if any(curves):
         axes.legend(frameon=False, fontsize=9)
+
+
+def _shown(report: SweepReport) -> str:
+    """Return what the picture shows."""
+    return "exact validation answers" if report.ranked_by == "exact" else f"validation loss ({report.unit})"
 
 
 def _set_scale(axes: Any, values: Any) -> None:
@@ -145,6 +172,7 @@ def page_of(report: SweepReport, picture: bytes) -> str:
     failed = "".join(
         f"<li>{html.escape(trial.name)}: {html.escape(trial.message)}</li>" for trial in report.trials if trial.message
     )
+    drawn = "exact answers, by which the trials are ranked" if report.ranked_by == "exact" else "validation losses"
     what = {"loss": "Losses", "exact": "Shares of exact answers"}
     noise = (
         f"<p>{what[report.noise.of]} differ by {report.noise.deviation:.4f} from seed to seed (standard deviation, "
@@ -158,9 +186,9 @@ def page_of(report: SweepReport, picture: bytes) -> str:
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>\n'
         f"<h1>{html.escape(report.output)}</h1>\n<p>Base: {html.escape(report.base)}</p>\n"
         f'<p class="found">{html.escape(report.sentence or "")}</p>\n'
-        f'<img alt="validation loss over the settings" src="data:image/png;base64,'
+        f'<img alt="{_shown(report)} over the settings" src="data:image/png;base64,'
         f'{base64.b64encode(picture).decode()}">\n'
         f'<div class="scroll"><table><tr>{"".join(f"<th>{html.escape(name)}</th>" for name in head)}</tr>\n'
-        f"{cells}</table></div>\n<p>{CAPTION.format(unit=report.unit)}</p>\n{noise}"
+        f"{cells}</table></div>\n<p>{CAPTION.format(drawn=drawn, unit=report.unit)}</p>\n{noise}"
         f"{f'<ul>{failed}</ul>' if failed else ''}</body></html>\n"
     )

@@ -41,6 +41,8 @@ class TrialReport:
     """Step of each rung → validation loss there."""
     exact: float | None = None
     """Share of exact validation answers at its last rung."""
+    exacts: Mapping[str, float] = field(default_factory=dict)
+    """Step of each rung → that share there, where it was counted."""
     forgetting: Mapping[str, float] | None = None
     """Language → rise of the loss of general text; None before the end of the run, and if it was not measured."""
     step: int = 0

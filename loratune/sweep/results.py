@@ -60,6 +60,7 @@ def _trial(sweep: Sweep, trial: Trial, trials: Sequence[Trial]) -> TrialReport:
         loss=newest.loss if newest else None,
         losses={str(one.step): one.loss for _, one in sorted(trial.outcomes.items())},
         exact=newest.exact if newest else None,
+        exacts={str(one.step): one.exact for _, one in sorted(trial.outcomes.items()) if one.exact is not None},
         forgetting=newest.forgetting if newest else None,
         step=newest.step if newest else 0,
         steps=newest.steps if newest else trial.steps,

@@ -145,15 +145,22 @@ class Progress(TrainerCallback):
         losses = self.metrics.of("loss")
         if self.bar is None or not losses:
             return
-        figures = [f"loss {losses[-1][1]:.4f}"]
-        validations = self.metrics.of("validation_loss")
-        if validations and validations[-1][0]:  # that of step 0 is the base's, and would look like no progress
-            figures.append(f"val {validations[-1][1]:.4f}")
-            figures += [f"exact {share:.0%}" for _, share in self.metrics.of("exact_answers")[-1:]]
-        figures.append(f"lr {self.metrics.of('learning_rate')[-1][1]:.1e}")
-        figures.append(f"{self.metrics.of('tokens_per_second')[-1][1]:.0f} tok/s")
-        figures.append(console.memory(peak_memory_bytes(self.hardware)))
-        self.bar.update(state.global_step, "  ".join(figures))
+        rate = self.metrics.of("learning_rate")[-1][1]
+        figures = [
+            f"loss {losses[-1][1]:.4f}",
+            f"lr {f'{rate:.1e}'.replace('e-0', 'e-') if rate else 0}",
+            f"{self.metrics.of('tokens_per_second')[-1][1]:.0f} tok/s",
+            console.memory(peak_memory_bytes(self.hardware)),
+        ]
+        self.bar.update(state.global_step, "  ".join(figures), *self._validation())
+
+    def _validation(self) -> tuple[str, int]:
+        """Return what the newest validation has measured of the adapter, and at which step."""
+        step, loss = (self.metrics.of("validation_loss") or [(0, 0.0)])[-1]
+        if not step:  # that of step 0 is the base's, and would look like no progress
+            return "", 0
+        exact = [f"exact {share:.0%}" for _, share in self.metrics.of("exact_answers")[-1:]]
+        return "  ".join([f"val {loss:.4f}", *exact]), step
 
     def close(self) -> None:
         """Remove the bar; also called after an error."""

@@ -19,6 +19,7 @@ from loratune.runs.card import write_card
 from loratune.runs.checkpoint import Checkpoint, open_checkpoint, seal_checkpoint, step_folder
 from loratune.runs.data_findings import DataFinding, save_findings
 from loratune.runs.folder import ADAPTER
+from loratune.runs.going_on import next_command
 from loratune.runs.lock import run_lock
 from loratune.runs.manifest import Manifest
 from loratune.runs.output import begin_run, clear_unfinished, prepare_output, seal_run
@@ -26,7 +27,6 @@ from loratune.runs.probe import MAX_QUESTIONS, save_probe
 from loratune.runs.record import RunRecord
 from loratune.runs.report import Report, write_report
 from loratune.runs.seals import open_report
-from loratune.runs.state import next_command
 from loratune.runs.status import set_status
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.runtime import end_with_launcher, is_main_process, launch_problems

@@ -15,7 +15,7 @@ from loratune.board.summary import RunSummary
 from loratune.board.table import origin_text
 from loratune.errors import LoratuneError
 from loratune.printable import visible
-from loratune.runs.state import next_command
+from loratune.runs.going_on import next_command
 
 CURVES = {**SERIES, "learning_rate": "learning rate"}
 MOST_POINTS = 1200
@@ -76,8 +76,8 @@ def _finding(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _result(name: str, result: dict[str, Any]) -> dict[str, Any]:
-    told = {key: result[key] for key in ("verdict", "sentence", "fallen", "tests", "rows", "compared", "baseline")}
-    return {"name": name, **told, **{key: result[key] for key in ("decisions", "measures", "warnings")}}
+    figures = ("verdict", "sentence", "objection", "fallen", "tests", "rows", "compared", "baseline")
+    return {"name": name, **{key: result[key] for key in (*figures, "decisions", "measures", "warnings")}}
 
 
 def _curves(run: OpenedRun) -> dict[str, list[Point]]:

@@ -11,12 +11,13 @@ from loratune.evaluation.evidence import Sample
 from loratune.evaluation.measures import LOSS, MEASURES, Measure, in_units, interval
 from loratune.evaluation.page.plots import forgetting_plot, gains_plot
 from loratune.evaluation.result import Evaluation
-from loratune.evaluation.verdict import LANGUAGES
-from loratune.printable import visible
+from loratune.evaluation.verdict import text_title
+from loratune.printable import shortened, visible
 from loratune.writing import write_text
 
 PAGE = "eval.html"
 STYLE = Path(__file__).with_name("style.css")
+LONGEST_NAME = 24
 MOST_SAMPLES = 200
 OPEN_SAMPLES = 3
 """The most damaged rows, which are shown unfolded."""
@@ -48,12 +49,11 @@ def write_page(folder: Path, evaluation: Evaluation, samples: Sequence[Sample]) 
         _section("Notes", "".join(f"<p>{_text(one)}</p>" for one in evaluation.warnings)),
         _section(f"Answers, most damaged first ({_measure(evaluation)})", _samples(evaluation, samples)),
     ]
-    title = f"{Path(evaluation.tuned).name} beside {Path(evaluation.baseline).name}"
     style = STYLE.read_text(encoding="utf-8")
     write_text(
         folder / PAGE,
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
-        f'content="{POLICY}"><meta name="viewport" content="width=device-width"><title>{_text(title)}</title>'
+        f'content="{POLICY}"><meta name="viewport" content="width=device-width"><title>{_title(evaluation)}</title>'
         f"<style>{style}</style></head><body>{''.join(parts)}</body></html>\n",
     )
 
@@ -67,14 +67,29 @@ def _section(title: str, content: str) -> str:
     return f"<h2>{_text(title)}</h2>{content}" if content else ""
 
 
+def _title(one: Evaluation) -> str:
+    return _text(" beside ".join(one.names))
+
+
 def _head(one: Evaluation) -> str:
     return (
-        f"<h1>{_text(Path(one.tuned).name)} beside {_text(Path(one.baseline).name)}</h1>"
-        f'<p class="dim">{_text(one.tuned)}, {_text(one.baseline)}; base {_text(one.base)}; {_text(one.tests)}, '
-        f"{counted(one.rows, 'row')}</p>"
+        f"<h1>{_title(one)}</h1>"
+        f'<p class="dim">tuned: {_text(one.tuned)}; baseline: {_text(one.baseline)}; base model: {_text(one.base)}; '
+        f"{_text(one.tests)}, {counted(one.rows, 'row')}</p>"
         f'<div class="verdict {one.verdict.split()[0]}"><strong>{TITLES[one.verdict]}</strong><br>'
-        f"{'<br>'.join([f'{_text(one.sentence)} (by {_measure(one)})', *map(_text, one.fallen.values())])}</div>"
+        f"{'<br>'.join([f'{_text(one.sentence)} (by {_measure(one)})', *map(_text, _others(one))])}</div>"
     )
+
+
+def _others(one: Evaluation) -> list[str]:
+    """Return what is told of measures that do not decide."""
+    return [*filter(None, [one.objection]), *one.fallen.values()]
+
+
+def _sides(one: Evaluation) -> tuple[str, str]:
+    """Return the heads of what is of the baseline, and of what is of the tuned model, with their names."""
+    tuned, baseline = (_text(shortened(name, LONGEST_NAME)) for name in one.names)
+    return f"baseline: {baseline}", f"tuned: {tuned}"
 
 
 def _measure(one: Evaluation) -> str:
@@ -121,7 +136,7 @@ def _measures(one: Evaluation) -> str:
                 str(found.equal),
             )
         )
-    return _table(("", "baseline", "tuned", "difference", "95 % interval", "better", "worse", "equal"), rows)
+    return _table(("", *_sides(one), "difference", "95 % interval", "better", "worse", "equal"), rows)
 
 
 def _gains(one: Evaluation, samples: Sequence[Sample]) -> str:
@@ -139,7 +154,7 @@ def _forms(one: Evaluation) -> str:
     ]
     left = one.rows - one.compared
     note = f"Without {counted(left, 'row')} that a model was trained on." if left else ""
-    return _table(("", "baseline", "tuned"), rows) + (f'<p class="dim">{note}</p>' if note else "")
+    return _table(("", *_sides(one)), rows) + (f'<p class="dim">{note}</p>' if note else "")
 
 
 def _general(one: Evaluation) -> str:
@@ -148,7 +163,7 @@ def _general(one: Evaluation) -> str:
     loss = MEASURES[LOSS]
     rows = [
         (
-            LANGUAGES.get(language, language),
+            text_title(language, text),
             in_units(loss, text.loss.baseline),
             in_units(loss, text.loss.tuned),
             in_units(loss, text.loss.difference, "+"),
@@ -157,7 +172,8 @@ def _general(one: Evaluation) -> str:
         )
         for language, text in one.general_text.items()
     ]
-    table = _table(("general text", "baseline", "tuned", "difference", "95 % interval", "KL from the base"), rows)
+    head = (f"loss, {loss.unit}", *_sides(one), "difference", "95 % interval", "KL from the base")
+    table = _table(head, rows)
     bound = one.inputs["settings"]["bounds"]["loss"]
     found = one.general_answers
     told = (
@@ -169,7 +185,11 @@ def _general(one: Evaluation) -> str:
         _pair(f"{each.change}: {each.instruction}", (("baseline", each.baseline), ("tuned", each.tuned)))
         for each in found.changed
     )
-    caption = "Loss in nats per token from the baseline (grey) to the tuned model; the dashed line is the bound."
+    caption = (
+        f"The loss on general texts in {loss.unit}, the lower the better, from the baseline (grey) to the tuned model; "
+        "the dashed line is the bound. The KL divergence is in the same unit: 0 if the tuned model predicts what its "
+        "base does."
+    )
     plot = f'{forgetting_plot(one.general_text, bound)}<p class="dim">{caption}</p>'
     return f"{table}{plot}<p>{told}</p>{changed}"
 

@@ -25,7 +25,7 @@ from loratune.commands import Command
 from loratune.errors import Exit, Interrupted, LoratuneError
 from loratune.model.hardware import visible_gpus
 from loratune.runs.folder import STATUS
-from loratune.runs.state import next_command
+from loratune.runs.going_on import next_command
 from loratune.runtime import LAUNCHER, PASSED_ON, is_launched, program, signals_to
 
 HOST, LOOPBACK = "127.0.0.1", "lo"

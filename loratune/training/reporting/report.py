@@ -14,6 +14,7 @@ from loratune.errors import counted
 from loratune.model.adapter.summary import AdapterSummary
 from loratune.model.memory import peak_memory_bytes
 from loratune.printable import as_far_as_said
+from loratune.runs.going_on import next_command
 from loratune.runs.report import (
     AdapterCounts,
     AdapterGroup,
@@ -28,7 +29,7 @@ from loratune.runs.report import (
     Updates,
     ValidationLosses,
 )
-from loratune.runs.state import evaluation_command, merging_command, next_command, serving_command
+from loratune.runs.state import evaluation_command, merging_command, serving_command
 from loratune.runs.versions import library_versions
 from loratune.training.callbacks import Metrics
 from loratune.training.checkpoints.best import Validation, best_of, judged_by, validations

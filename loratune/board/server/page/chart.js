@@ -7,6 +7,10 @@ const LEFT = 52;
 const RIGHT = 12;
 const TOP = 10;
 const BOTTOM = 26;
+/** Room beside the label of a step, and of each of its letters. */
+const LABEL = 24;
+const LETTER = 7;
+const [FEWEST_STEPS, MOST_STEPS] = [3, 8];
 const FEWEST_TO_SMOOTH = 40;
 
 /**
@@ -110,20 +114,25 @@ function bounds(values) {
   return values.reduce(([low, high], each) => [Math.min(low, each), Math.max(high, each)], [Infinity, -Infinity]);
 }
 
+/** The smallest round distance that fits, at which a spread has at most so many parts. */
+function roundDistance(spread, most, fits = () => true) {
+  const power = 10 ** Math.floor(Math.log10(spread / most));
+  return [1, 2, 2.5, 5, 10].map((each) => each * power).find((each) => spread / each <= most && fits(each));
+}
+
 /** About five round values that enclose two others. */
 function niceTicks(low, high) {
-  const spread = high - low || Math.abs(high) || 1;
-  const power = 10 ** Math.floor(Math.log10(spread / 4));
-  const size = [1, 2, 2.5, 5, 10].map((each) => each * power).find((each) => spread / each <= 5);
+  const size = roundDistance(high - low || Math.abs(high) || 1, 5);
   const first = Math.floor(low / size + 1e-9);
   const count = Math.max(1, Math.ceil(high / size - 1e-9) - first);
   return Array.from({ length: count + 1 }, (_, at) => (first + at) * size);
 }
 
+/** A few round steps between two others, as far as there is room. */
 function stepTicks([first, last], width) {
-  const most = Math.max(2, Math.floor(width / 110));
-  const power = 10 ** Math.floor(Math.log10(Math.max(1, (last - first) / most)));
-  const size = Math.max(1, [1, 2, 5, 10].map((each) => each * power).find((each) => (last - first) / each <= most) ?? 1);
+  const room = (width - LEFT - RIGHT) / (LABEL + last.toLocaleString("en").length * LETTER);
+  const most = Math.min(MOST_STEPS, Math.max(FEWEST_STEPS, Math.floor(room)));
+  const size = roundDistance(Math.max(last - first, most), most, Number.isInteger);
   const start = Math.ceil(first / size) * size;
   return Array.from({ length: Math.floor((last - start) / size) + 1 }, (_, at) => start + at * size);
 }

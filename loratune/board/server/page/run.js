@@ -60,6 +60,7 @@ function evaluation(one, at) {
   const folded = fold(
     `evaluation-${at}`,
     [verdictChip(one.verdict), ` ${one.sentence}`],
+    one.objection ? el("p", null, one.objection) : null,
     Object.values(one.fallen).map((text) => el("p.box.warn", null, text)),
     el("p.dim", null, `${one.tests}, beside ${one.baseline}. The answers are in ${one.name}/eval.html.`),
     table(["", "Verdict", "Why"], decisions),
