@@ -48,7 +48,7 @@ class SourceLoader:
                 one = load_source(source, self._data, self._rendering, self._seed)
                 loaded.append(one)
                 with _collected(self.problems):
-                    check_filled(one.file, one.rows.log)
+                    check_filled(one.file, one.rows.log, self._data.placeholders)
                 left_out = judge_log(one.file, one.rows.log, self._data)
                 if left_out:
                     self.found.append(Found("bad_rows", "warn", one.rows.log.bad, left_out))
@@ -67,7 +67,7 @@ def problems_of_sources(entries: Sequence[str | SourceSettings], data: DataSetti
             rows = check_rows(open_rows(parse_source(entry).name, data.encoding), data)
             deque(rows, maxlen=0)
             with _collected(problems):
-                check_filled(rows.file, rows.log)
+                check_filled(rows.file, rows.log, data.placeholders)
             judge_log(rows.file, rows.log, data)
     return problems
 
