@@ -402,6 +402,19 @@ def test_a_required_placeholder_is_told_with_the_value_that_may_be_meant(check: 
     )
 
 
+def test_of_many_files_with_problems_ten_are_shown_and_all_are_in_the_document(check: Run, tmp_path: Path) -> None:
+    files = [write_rows(tmp_path / f"{number:02}.json", [{"instruction": "a"}]) for number in range(14)]
+    empty = write_rows(tmp_path / "empty.json", [{"instruction": "Nothing?", "output": ""}])
+    more = [word for path in (*files[1:], empty) for word in ("--data.train", path)]
+    result = check(files[0], *more, "--json")
+    document = figures_of(result, Exit.DATA)
+    for shown in (document["message"], result.stderr):
+        assert [shown.count(f"{path} row 1: ") for path in files] == [1] * 10 + [0] * 4
+        assert "\n… and 4 more problems, which the JSON document lists\n" in shown
+        assert "has an answer without text" in shown.splitlines()[-2]
+    assert [one["file"] for one in document["problems"]] == [*map(str, files), str(empty)]
+
+
 def test_of_many_rows_with_a_finding_five_are_shown(check: Run, tmp_path: Path) -> None:
     rows = [*ROWS, *[{"instruction": f"Letter {n}?", "output": "A"} for n in range(8)]]
     (found,) = figures_of(

@@ -71,7 +71,7 @@ class PreparedData:
         """
         messages = refusals(self.found)
         if messages:
-            raise joined(messages, Exit.DATA)
+            raise joined([], Exit.DATA, others=messages)
         return self
 
     @property
@@ -102,7 +102,9 @@ def prepare_data(data: DataSettings, rendering: Rendering, seed: int) -> Prepare
     held_out = held_out.take(held_out.has_usable_sequence(max_length))
     if loader.problems:
         _leave_out_shared(rows, np.ones(len(rows), np.int64), held_out, data, found)
-        raise joined([*loader.problems, *refusals(found)], Exit.DATA)
+        refused = refusals(found)
+        code = Exit.DATA if refused else max(loader.problems.values())  # the recipe's, if no row is at fault
+        raise joined([*loader.problems], code, others=refused)
     if not len(rows):
         raise _nothing_left(data, max_length, kept, found)
     found += _about_placeholders([*train, *validation], data.placeholders, rendering.prompt)
