@@ -138,6 +138,16 @@ def joined(
     return LoratuneError(shown, exit_code, commands, parts=[*messages, *others])
 
 
+def together(errors: Sequence[LoratuneError]) -> LoratuneError:
+    """Return one error with the messages of several; its exit code is that of the rows, if they are at fault too."""
+    return LoratuneError(
+        "\n".join(error.message for error in errors),
+        max(error.exit_code for error in errors),
+        [command for error in errors for command in error.commands],
+        parts=[part for error in errors for part in error.parts],
+    )
+
+
 def refusal(check: Callable[[], object]) -> LoratuneError | None:
     """Return the error that a check raises; None if it passes."""
     try:
