@@ -57,6 +57,9 @@ SINGULAR = {"are": "is", "have": "has", "hold": "holds", "equal": "equals", "dif
 """Verb in the plural → in the singular; all others that are used have one form, such as `cannot`."""
 
 
+SHOWN_MESSAGES = 10
+
+
 class LoratuneError(Exception):
     """An error that the user can fix; the message says what is wrong, where, and what to do.
 
@@ -118,9 +121,31 @@ class OutputLost(BaseException):
         """Whether the reader of a pipe has closed it, as `head` does."""
 
 
-def joined(messages: Sequence[str], exit_code: Exit, commands: Sequence[Command] = ()) -> LoratuneError:
-    """Return one error with several messages."""
-    return LoratuneError("\n".join(messages), exit_code, commands, parts=messages)
+def joined(
+    messages: Sequence[str], exit_code: Exit, commands: Sequence[Command] = (), others: Sequence[str] = ()
+) -> LoratuneError:
+    """Return one error with several messages.
+
+    Args:
+        messages: of which the first are shown, and the others are counted and only in documents.
+        exit_code: exit code of the process.
+        commands: commands that help.
+        others: messages that are all shown, last.
+    """
+    hidden = len(messages) - SHOWN_MESSAGES
+    rest = [f"… and {counted(hidden, 'more problem')}, which the JSON document lists"] if hidden > 0 else []
+    shown = "\n".join([*messages[:SHOWN_MESSAGES], *rest, *others])
+    return LoratuneError(shown, exit_code, commands, parts=[*messages, *others])
+
+
+def together(errors: Sequence[LoratuneError]) -> LoratuneError:
+    """Return one error with the messages of several; its exit code is that of the rows, if they are at fault too."""
+    return LoratuneError(
+        "\n".join(error.message for error in errors),
+        max(error.exit_code for error in errors),
+        [command for error in errors for command in error.commands],
+        parts=[part for error in errors for part in error.parts],
+    )
 
 
 def refusal(check: Callable[[], object]) -> LoratuneError | None:

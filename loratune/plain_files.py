@@ -68,12 +68,13 @@ def nearest_beside(path: Path, fits: Callable[[Path], bool]) -> str:
         fits: whether a path beside it may be meant.
     """
     try:
-        # A suffix in common makes no names alike.
-        beside = {other.name.removesuffix(path.suffix): other for other in path.parent.iterdir() if fits(other)}
+        beside = [other for other in path.parent.iterdir() if fits(other)]
     except (OSError, ValueError):  # ValueError: a NUL in the name
         return ""
-    near = nearest(path.stem, beside)
-    return shortened(str(beside[near]), LONGEST_PATH) if near else ""
+    # A suffix in common makes no names alike, and another one no names unlike.
+    stem = nearest(path.stem, {other.stem for other in beside})
+    alike = {other.name: other for other in beside if other.stem == stem}
+    return shortened(str(alike[nearest(path.name, alike, least=0)]), LONGEST_PATH) if alike else ""
 
 
 def open_plain(path: Path) -> BinaryIO:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -454,6 +455,20 @@ def test_rows_about_pictures_are_counted_and_can_be_left_out(cli: Callable[..., 
             {"mesages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]},
             "--data.columns messages=mesages",
         ),
+        (
+            {"Antwort": "4", "Frage": "2+2?", "Nr": 1, "Quelle": "Sums."},
+            "to train on 'Antwort' as the answer: --data.columns instruction=Frage --data.columns output=Antwort",
+        ),
+        ({"问题": "2+2?", "答案": "4"}, "--data.columns 'instruction=问题' --data.columns 'output=答案'"),
+        (
+            {"id": "17", "title": "2+2?", "body": "4"},
+            "if 'title' has questions and 'body' answers: --data.columns instruction=title --data.columns output=body",
+        ),
+        (
+            {"title": "2+2?", "answer": "4"},
+            "; if 'title' has questions and 'answer' answers: --data.columns instruction=title "
+            "--data.columns output=answer",
+        ),
     ],
 )
 def test_the_line_that_would_read_unknown_columns_is_given_and_works(
@@ -467,7 +482,7 @@ def test_the_line_that_would_read_unknown_columns_is_given_and_works(
     message = " ".join(told.stderr.split())
     assert flags in message
     assert all(repr(name) in message for name in row)
-    given = message[message.index("--data.columns") :].split()
+    given = shlex.split(message[message.index("--data.columns") :])
     assert cli(*preview, *given).exit_code == 0
 
 
@@ -480,14 +495,25 @@ def test_the_line_that_would_read_unknown_columns_is_given_and_works(
             "-",
         ),
         ({"text": "Once.", "label": "good"}, "pretraining) is not offered", "DPO"),
-        ({"content": "Once."}, "'content' holds plain text", "instruction=…"),
+        ({"content": "Once."}, "'content' holds plain text", "instruction="),
         (
             {"chosen": "Human: 2+2? Assistant: 4", "rejected": "Human: 2+2? Assistant: 5"},
             "preference training (DPO) is not offered; to train on the chosen answers a column with their questions is "
-            "needed: --data.columns instruction=… --data.columns output=chosen",
+            "needed: --data.columns instruction=QUESTIONS --data.columns output=chosen",
             "pretraining",
         ),
-        ({"a": 1, "b": 2}, "--data.columns instruction=… --data.columns output=… names the columns", "pretraining"),
+        (
+            {"a": 1, "b": 2},
+            "; name the columns of questions and answers: --data.columns instruction=QUESTIONS "
+            "--data.columns output=ANSWERS",
+            "pretraining",
+        ),
+        (
+            {"a": "2+2?", "b": "4", "c": "easy"},
+            "--data.columns instruction=QUESTIONS --data.columns output=ANSWERS",
+            "if 'a'",
+        ),
+        ({"frage": "2+2?", "b": "4", "c": "easy"}, "instruction=frage --data.columns output=ANSWERS", "if 'b'"),
     ],
 )
 def test_files_for_other_kinds_of_training_are_told_what_they_are(row: dict[str, Any], words: str, absent: str) -> None:
@@ -495,6 +521,16 @@ def test_files_for_other_kinds_of_training_are_told_what_they_are(row: dict[str,
     assert words in told
     assert all(repr(name) in told for name in row)
     assert absent not in told
+
+
+def test_columns_that_are_mapped_in_vain_are_named_and_those_of_the_file_are_shown() -> None:
+    row = {"frage": "2+2?", "antwort": "4"}
+    for columns in ({"instruction": "farge"}, {"instructin": "frage"}):
+        told = describe_unread_columns([row], detect_format([row], columns), columns)
+        ((name, column),) = columns.items()
+        assert told.startswith("its columns are 'frage', 'antwort', in which no format is recognised, also not with ")
+        assert f"data.columns {name}={column};" in told
+        assert told.endswith(": --data.columns instruction=frage --data.columns output=antwort")
 
 
 def test_columns_beside_known_ones_are_not_explained() -> None:

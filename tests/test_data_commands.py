@@ -80,7 +80,7 @@ def figures_of(result: Result, code: Exit = Exit.OK) -> dict[str, Any]:
     return figures
 
 
-UNEVEN = [{"instruction": "Count.", "output": " ".join(str(n) for n in range(5 * size, 6 * size + 1))}
+UNEVEN = [{"instruction": f"Count from {5 * size}.", "output": " ".join(str(n) for n in range(5 * size, 6 * size + 1))}
           for size in range(1, 30)]  # fmt: skip
 
 
@@ -264,7 +264,10 @@ ODD: dict[str, tuple[dict[str, str], str]] = {
     "repetitive": ({"instruction": "Loop?", "output": "so on and on " * 40}, "warn"),
     "thinking": ({"instruction": "Think?", "output": "<think>Hm.</think>Yes."}, "warn"),
     "duplicates": (ROWS[0], "warn"),
+    "other_answers": (ROWS[0] | {"output": "Another answer than before."}, "warn"),
 }
+PAIRS = {"duplicates": "is", "other_answers": "asks the same as"}
+"""What stands between two rows that are compared."""
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -278,7 +281,7 @@ def test_a_finding_is_told_with_its_row_refused_ignored_or_removed(check: Run, t
     (found,) = report["findings"]
     assert (found["name"], found["level"], found["count"]) == (name, usual, 1)
     assert found["text"].startswith(tuple(f"1 of 13 rows of data.train {verb} " for verb in ("has", "holds", "is")))
-    place = f"{path} row 13 is row 1" if name == "duplicates" else f"{path} row 13 «{odd['instruction']}»"
+    place = f"{path} row 13 {PAIRS[name]} row 1" if name in PAIRS else f"{path} row 13 «{odd['instruction']}»"
     assert found["text"].endswith(f"\n  {place}")
     assert f"--data.remove {name} removes them" in found["text"]
     assert found["text"] in result.stderr
@@ -297,6 +300,32 @@ def test_a_finding_is_told_with_its_row_refused_ignored_or_removed(check: Run, t
     assert "; removed:" in removed["text"]
     assert place in removed["text"]
     assert report["rows"] == figures_of(check(write_rows(tmp_path / "plain.json", ROWS), *more))["rows"]
+
+
+ROLES = ("user", "assistant")
+
+
+def test_answers_that_differ_are_told_once_a_question_and_without_the_repeated_rows(check: Run, tmp_path: Path) -> None:
+    def said(*texts: str) -> dict[str, Any]:
+        return {"messages": [{"role": ROLES[n % 2], "content": text} for n, text in enumerate(texts)]}
+
+    rows = [
+        said("Sum?", "Four."),
+        said("Sum?", "Five."),
+        said("Sum?", "Four."),
+        said("Sum?", "Five."),
+        said("Hi!", "Yes?", "Sum?", "Five."),
+        said("Hello!", "Yes?", "Sum?", "Four."),
+        said("Hello!", "Yes?", "Sum?", "Six."),
+        *[said(f"{n}?", "The same answer.") for n in range(8)],
+    ]
+    path = write_rows(tmp_path / "rows.json", rows)
+    flags = ("--data.validation", "0", "--json")
+    found = {one["name"]: one["text"].splitlines()[1:] for one in figures_of(check(path, *flags))["findings"]}
+    assert found == {
+        "duplicates": [f"  {path} row 3 is row 1", f"  {path} row 4 is row 2"],
+        "other_answers": [f"  {path} row 2 asks the same as row 1", f"  {path} row 7 asks the same as row 6"],
+    }
 
 
 def test_all_reasons_for_a_refusal_are_named_at_once(check: Run, tmp_path: Path) -> None:
@@ -323,6 +352,69 @@ def test_each_problem_of_several_files_has_its_own_remedy_in_json(check: Run, tm
     assert problems[2]["remedy"] is None
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ((), ["{path}: rows hold {{Company}}, {{phone}}, for which data.placeholders has no value: such text stays "
+              "as it is"]),
+        (("company=Acme", "PHONE=5"), []),
+        (("companny=Acme", "phone=5"), [
+            "{path}: rows hold {{Company}}, for which data.placeholders has no value (it has 'companny' for 'Company')"
+            ": such text stays as it is",
+            "data.placeholders has values for what no row holds: {{companny}}",
+        ]),
+        (("company=Acme", "phone=5", "name=Li"), ["data.placeholders has values for what no row holds: {{name}}"]),
+    ],
+)  # fmt: skip
+def test_placeholders_without_a_value_and_values_without_a_placeholder_are_told(
+    check: Run, tmp_path: Path, flags: tuple[str, ...], told: list[str]
+) -> None:
+    rows = [*ROWS, {"instruction": "Who?", "output": "{{Company}}, {{ phone }}, { no } {{ no no }}."}]
+    path = write_rows(tmp_path / "rows.json", rows)
+    given = [flag for value in flags for flag in ("--data.placeholders", value)]
+    for _ in range(2):  # from the cache too
+        found = figures_of(check(path, "--data.validation", "0", *given, "--json"))["findings"]
+        assert [one["text"] for one in found] == [text.replace("{path}", str(path)) for text in told]
+        assert {one["name"] for one in found} <= {"placeholders"}
+
+
+def test_placeholders_of_system_prompts_are_filled_in_those_of_sources_and_told_of_others(
+    cli: Run, tmp_path: Path
+) -> None:
+    recipe, rows = tmp_path / "recipe.yaml", write_rows(tmp_path / "rows.json", ROWS)
+    recipe.write_text(
+        f"model: {{base: tiny-qwen}}\n"
+        f"prompt: {{system: 'You are {{{{name}}}}.'}}\n"
+        f"data: {{train: [{{path: {rows}, system: 'I am {{{{name}}}}.'}}], placeholders: {{name: Robin}}}}\n",
+        encoding="utf-8",
+    )
+    (found,) = figures_of(cli("data", "check", "-c", recipe, "--json"))["findings"]
+    assert found["text"].startswith("prompt.system holds {{name}}, which is no placeholder there: ")
+    assert "I am Robin." in cli("data", "preview", "-c", recipe).stdout
+
+
+def test_a_required_placeholder_is_told_with_the_value_that_may_be_meant(check: Run, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.json", [{"instruction": "{{name}}?", "output": "b"}])
+    told = check(path, "--data.placeholders", "nmae=Li").stderr
+    assert (
+        "give values in data.placeholders (it has 'nmae' for 'name'), or as --data.placeholders name=TEXT"
+        in " ".join(told.split())
+    )
+
+
+def test_of_many_files_with_problems_ten_are_shown_and_all_are_in_the_document(check: Run, tmp_path: Path) -> None:
+    files = [write_rows(tmp_path / f"{number:02}.json", [{"instruction": "a"}]) for number in range(14)]
+    empty = write_rows(tmp_path / "empty.json", [{"instruction": "Nothing?", "output": ""}])
+    more = [word for path in (*files[1:], empty) for word in ("--data.train", path)]
+    result = check(files[0], *more, "--json")
+    document = figures_of(result, Exit.DATA)
+    for shown in (document["message"], result.stderr):
+        assert [shown.count(f"{path} row 1: ") for path in files] == [1] * 10 + [0] * 4
+        assert "\n… and 4 more problems, which the JSON document lists\n" in shown
+        assert "has an answer without text" in shown.splitlines()[-2]
+    assert [one["file"] for one in document["problems"]] == [*map(str, files), str(empty)]
+
+
 def test_of_many_rows_with_a_finding_five_are_shown(check: Run, tmp_path: Path) -> None:
     rows = [*ROWS, *[{"instruction": f"Letter {n}?", "output": "A"} for n in range(8)]]
     (found,) = figures_of(
@@ -338,12 +430,12 @@ def test_an_answer_far_longer_than_the_others_is_told(check: Run, tmp_path: Path
     path = write_rows(tmp_path / "rows.json", rows)
     report = figures_of(check(path, "--data.validation", "0", "--json"))
     assert {one["name"]: one["count"] for one in report["findings"]} == {"long_answers": 1}
-    assert f"{path} row 25 «Count.»" in report["findings"][0]["text"]
+    assert f"{path} row 25 «Count from 145.»" in report["findings"][0]["text"]
 
 
 def test_rows_that_are_nearly_the_same_are_told_if_they_are_looked_for(check: Run, tmp_path: Path) -> None:
     numbers = " ".join(str(n * n % 97) for n in range(80))
-    rows = [*ROWS, *[{"instruction": "Count.", "output": f"{numbers} {end}"} for end in ("A", "B")]]
+    rows = [*ROWS, *[{"instruction": f"Count to {end}.", "output": f"{numbers} {end}"} for end in ("A", "B")]]
     path = write_rows(tmp_path / "rows.json", rows)
     flags = ("--data.validation", "0", "--data.severity", "long_answers=ignore", "--json")
     assert figures_of(check(path, *flags))["findings"] == []
@@ -358,7 +450,7 @@ def test_rows_are_nearly_the_same_even_if_all_of_a_file_are(check: Run, tmp_path
     numbers = " ".join(str(n * n % 97) for n in range(80))
     path = write_rows(tmp_path / "rows.json", [{"instruction": "Count.", "output": f"{numbers} {n}"} for n in range(6)])
     report = figures_of(check(path, "--data.validation", "0", "--data.near_duplicates", "0.8", "--json"))
-    assert {one["name"]: one["count"] for one in report["findings"]} == {"near_duplicates": 5}
+    assert {one["name"]: one["count"] for one in report["findings"]} == {"near_duplicates": 5, "other_answers": 5}
 
 
 @pytest.mark.parametrize("flags", [("--data.remove", "near_duplicates"), ("--data.severity", "near_duplicates=refuse")])

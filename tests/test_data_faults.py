@@ -118,6 +118,18 @@ def test_an_empty_list_has_no_rows(check: Run, tmp_path: Path, content: str) -> 
     assert f"{path}: 0 rows" in refusal(check(path))
 
 
+def test_a_source_that_is_given_wrongly_hides_no_problem_of_the_rows(
+    check: Run, tmp_path: Path, rows_file: Path
+) -> None:
+    bad, repeated = write(tmp_path / "bad.json", [{"instruction": "a"}]), f"{rows_file}#2x"
+    message = refusal(check(rows_file, "--data.train", bad, "--data.validation", repeated))
+    assert f"{rows_file}: validation rows are never repeated; remove #2x" in message
+    assert f"{bad} row 1: 'output' is missing" in message
+    told = check(rows_file, "--data.train", bad, "--data.encoding", "utf-9").stderr
+    assert told.count("no such text encoding") == 1
+    assert check(rows_file, "--data.validation", repeated).exit_code == Exit.USAGE
+
+
 def test_a_missing_file_stops_a_training_before_anything_is_written(sft: Run, tmp_path: Path, rows_file: Path) -> None:
     before = tree(tmp_path)
     message = refusal(sft(rows_file, "--data.train", tmp_path / "missing.json"))

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratune.data.formats.conversation import Conversation
-from loratune.data.formats.registry import ConversationReader, describe_unfilled, detect_format
+from loratune.data.formats.placeholders import describe_unfilled
+from loratune.data.formats.registry import ConversationReader, detect_format
 from loratune.errors import Exit, LoratuneError
 
 
@@ -17,8 +18,8 @@ def read(value: Any, placeholders: dict[str, str] | None = None, **settings: Any
     """The conversation of a file's only row, or what is wrong with it."""
     reader = ConversationReader(detect_format([value], {}), placeholders or {}, {}, **settings)
     conversation = reader.read(value)
-    if reader.unfilled:
-        raise LoratuneError(describe_unfilled(reader.unfilled), Exit.DATA)
+    if reader.fill.missing:
+        raise LoratuneError(describe_unfilled(sorted(reader.fill.missing)), Exit.DATA)
     return conversation
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from loratune.data.reading.files import open_rows
 from loratune.errors import LoratuneError
+from loratune.evaluation.rows_file import read_tests
 from loratune.plain_files import require_folder
 from loratune.recipe.loading import find_recipe
 from loratune.runs.lock import run_lock
@@ -34,6 +35,17 @@ def test_a_missing_file_of_rows_is_told_with_the_nearest_beside_it(tmp_path: Pat
         open_rows(str(tmp_path / "kettle.json"))
     with pytest.raises(LoratuneError, match=r"no such file \(looked from .*\)$"):
         open_rows(str(tmp_path / "tests.jsonl"))
+
+
+def test_a_missing_file_with_another_ending_is_told_with_the_nearest_beside_it(tmp_path: Path) -> None:
+    for name in ("tests.json", "notes.txt", "cases.yaml"):
+        (tmp_path / name).write_text("[]")
+    for given, meant in (("tests.jsn", "tests.json"), ("test.jso#500", "tests.json"), ("tests.jsonl", "tests.json"),
+                         ("cases.yml", "cases.yaml")):  # fmt: skip
+        with pytest.raises(LoratuneError, match=rf"; did you mean {tmp_path}/{meant}\?$"):
+            read_tests(str(tmp_path / given), {}, {})
+    with pytest.raises(LoratuneError, match=r"nor one of the first three with \.gz or \.zst$"):
+        read_tests(str(tmp_path / "notes.txt"), {}, {})  # is there
 
 
 def test_a_missing_recipe_is_told_with_the_nearest_beside_it(tmp_path: Path) -> None:

@@ -227,6 +227,73 @@ def test_chinese_among_english_is_not_taken_for_letters_with_accents(tmp_path: P
     assert ("set data.encoding: gb18030 (" in message) == (encoding == "gb18030")
 
 
+QUESTIONS = {
+    "German": ["Wo liefern Sie?,Nach Österreich und Süddeutschland.", "Was kostet das?,Die Gebühr beträgt fünf Euro."],
+    "German city": ["Was ist dort geöffnet?,Die größte Straße heißt Müllerstraße."],
+    "French": ["Où êtes-vous situés ?,Près de la gare ; l'entrée est à côté du café.", "C'est cher ?,Ça dépend."],
+    "Spanish": ["¿Dónde están?,Al lado de la estación, mañana también.", "¿Cuánto cuesta?,Cinco euros más el envío."],
+    "Portuguese": ["Onde estão?,Ao lado da estação; amanhã também.", "Quanto é?,Cinco euros, incluída a instalação."],
+    "Italian": ["Dove siete?,Di fianco alla città vecchia.", "È già pronto?,Sì, perché oggi c'è più personale."],
+    "Swedish": ["Var finns ni?,Vid ån, på andra sidan vägen.", "När öppnar ni?,Klockan åtta även på söndagar."],
+    "mixed": [
+        "Wo öffnen Sie früh?,Überall.",
+        "Où êtes-vous ?,À côté.",
+        "¿Dónde está?,Ahí, señor.",
+        "Vad är på ön?,Träd.",
+    ],
+    "Polish": ["Gdzie jesteście?,Obok stacji, na rogu ulicy Źródlanej.", "Ile to kosztuje?,Pięć złotych."],
+    "Czech": ["Kde jste?,Vedle nádraží, příští dveře.", "Kolik to stojí?,Pět eur, měděné konvice jsou dražší."],
+    "Hungarian": [
+        "Hol vannak?,Az állomás mellett, a felső ajtónál.",
+        "Mennyibe kerül?,Öt euró, a bővebb hűtő több.",
+    ],
+    "Lithuanian": [
+        "Kur esate?,Šalia stoties, už pirmųjų durų.",
+        "Kiek kainuoja?,Penkis eurus, dalimi už vežimą.",
+    ],
+    "Turkish": [
+        "Neredesiniz?,İstasyonun yanında, köşede.",
+        "Ne kadar?,Beş avro, güneşli günlerde ücretsiz; çoğu.",
+    ],
+    "Russian": ["Где вы?,Рядом с вокзалом.", "Сколько стоит?,Пять рублей за каждый чайник."],
+    "Greek": ["Πού είστε;,Δίπλα στον σταθμό.", "Πόσο κοστίζει;,Πέντε ευρώ με την παράδοση."],
+    "Chinese": ["你们在哪里？,我们在车站旁边。", "多少钱？,五块钱，包括运费。"],
+    "Taiwanese": ["你們在哪裡？,我們在車站旁邊。", "多少錢？,五塊錢，包括運費。"],
+    "Korean": ["어디에 있습니까?,역 옆에 있습니다.", "얼마입니까?,배송을 포함하여 오천 원입니다."],
+    "Japanese": ["どこにありますか。,駅の隣にあります。", "いくらですか。,送料込みで五千円です。"],
+}
+"""Lines of questions and answers in some languages; texts that the project has made up."""
+
+
+@pytest.mark.parametrize(
+    ("language", "encoding"),
+    [
+        *((name, encoding) for name in list(QUESTIONS)[:8] for encoding in ("cp1252", "latin-1")),
+        *(
+            (name, encoding)
+            for name in ("German", "French", "Spanish")
+            for encoding in ("cp850", "macintosh", "utf-16")
+        ),
+        *((name, encoding) for name in ("Polish", "Czech", "Hungarian") for encoding in ("cp1250", "iso-8859-2")),
+        ("Lithuanian", "cp1257"),
+        ("Turkish", "cp1254"),
+        *(("Russian", encoding) for encoding in ("cp1251", "koi8-r", "cp866", "iso-8859-5")),
+        ("Greek", "cp1253"),
+        *(("Chinese", encoding) for encoding in ("gb18030", "utf-16")),
+        *(("Taiwanese", encoding) for encoding in ("big5", "gb18030")),
+        ("Korean", "cp949"),
+        *(("Japanese", encoding) for encoding in ("cp932", "euc-jp")),
+    ],
+)
+def test_a_few_rows_are_enough_for_an_encoding_in_which_they_can_be_read(
+    tmp_path: Path, language: str, encoding: str
+) -> None:
+    text = "\n".join(["instruction,output", *QUESTIONS[language]])
+    raw = text.encode(encoding)
+    guess = refusal(write(tmp_path / "rows.csv", raw)).partition("--data.encoding ")[2].partition(")")[0]
+    assert raw.decode(guess).removeprefix("\ufeff") == text
+
+
 def test_the_guess_is_made_from_the_lines_around_the_byte_that_does_not_fit(tmp_path: Path) -> None:
     for end in ("\n", ","):
         text = end.join([GOOD] * 100_000 + [json.dumps(row, ensure_ascii=False) for row in CHINESE] * 10)

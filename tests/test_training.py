@@ -239,6 +239,39 @@ def test_a_run_that_cannot_work_is_one_message_and_no_folder(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--lora.target_modules", "q_prj", "--lora.modules_to_save", "heads"),
+         ["no module is called q_prj; the model has q_proj, ", "lora.modules_to_save: no module is called heads"]),
+        (("--lora.layers", "3-99"), ["lora.layers '3-99': the model has "]),
+        (("--lora.rank_pattern", "q_prj=4"), ["lora.rank_pattern 'q_prj': no module of the adapter ends so; it has "]),
+        (("--method", "freeze", "--freeze.modules", "nope"), ["nope: no module is called so; there are "]),
+    ],
+)  # fmt: skip
+def test_names_of_modules_are_told_with_the_rows_before_weights_are_read(
+    sft: Callable[..., Result],
+    random_qwen: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: tuple[str, ...],
+    told: list[str],
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    base, bad = tmp_path / "base", tmp_path / "bad.json"
+    base.mkdir()
+    for path in random_qwen.iterdir():
+        if path.suffix != ".safetensors":
+            (base / path.name).write_bytes(path.read_bytes())
+    bad.write_text('[{"instruction": "No answer?"}]', encoding="utf-8")
+    result = sft(*flags, model=base)  # there are no weights
+    assert result.exit_code == Exit.USAGE
+    assert all(words in result.stderr for words in told)
+    result = sft(*flags, model=base, data=bad)
+    assert result.exit_code == Exit.DATA
+    assert all(words in result.stderr for words in [f"{bad} row 1: 'output' is missing", *told])
+
+
 def test_a_loss_that_is_not_a_number_stops_the_run_and_saves_nothing(
     sft: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
 from loratune.data.formats.columns import describe_unread_columns
 from loratune.data.formats.conversation import Conversation
-from loratune.data.formats.registry import FORMATS, ConversationReader, describe_unfilled, detect_format
+from loratune.data.formats.placeholders import describe_unfilled
+from loratune.data.formats.registry import FORMATS, ConversationReader, detect_format
 from loratune.data.reading.files import BadRow, Row, RowFile
 from loratune.errors import Exit, LoratuneError, bullet_list, counted
 from loratune.recipe.data_sections import DataSettings
@@ -37,6 +38,10 @@ class ReadingLog:
     """Keys that the format does not use; at most ten."""
     unfilled: list[str] = field(default_factory=list)
     """Required placeholders without a value."""
+    literal: list[str] = field(default_factory=list)
+    """Other placeholders without a value."""
+    filled: list[str] = field(default_factory=list)
+    """Placeholders with a value, in small letters."""
     under: str = ""
     """Key of the list that holds the rows, if they are nested in an object."""
 
@@ -82,7 +87,8 @@ class CheckedRows:
             if self.chosen is None or row.number in self.chosen:
                 yield row.number, read
         log.ignored = sorted(map(str, self.reader.ignored))[:10]
-        log.unfilled = self.reader.unfilled
+        fill = self.reader.fill
+        log.unfilled, log.literal, log.filled = sorted(fill.missing), sorted(fill.literal), sorted(fill.used)
 
     def refuse(self, number: int, error: LoratuneError) -> None:
         """Count an already yielded row as bad because it cannot be rendered."""
@@ -135,11 +141,16 @@ def judge_log(file: RowFile, log: ReadingLog, data: DataSettings) -> str:
     raise LoratuneError(f"{message}{needs}correct or remove these rows ({reason})", Exit.DATA)
 
 
-def check_filled(file: RowFile, log: ReadingLog) -> None:
-    """Raise if rows hold a placeholder without a value.
+def check_filled(file: RowFile, log: ReadingLog, given: Collection[str]) -> None:
+    """Raise if rows hold a required placeholder without a value.
+
+    Args:
+        file: the file.
+        log: of its rows.
+        given: names that data.placeholders has a value for.
 
     Raises:
         LoratuneError: names the flags that would set it.
     """
     if log.unfilled:
-        raise LoratuneError(f"{file.name}: {describe_unfilled(log.unfilled)}", Exit.DATA)
+        raise LoratuneError(f"{file.name}: {describe_unfilled(log.unfilled, given)}", Exit.DATA)

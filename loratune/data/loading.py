@@ -28,14 +28,14 @@ class SourceLoader:
         self._data, self._rendering, self._seed = data, rendering, seed
         self.found: list[Found] = []
         """Rows that are left out because they cannot be trained on."""
-        self.problems: list[str] = []
-        """Why sources cannot be used."""
+        self.problems: dict[str, Exit] = {}
+        """Why sources cannot be used → the exit code of such a problem."""
 
     def load(self, entries: Sequence[str | SourceSettings], may_repeat: bool = True) -> list[LoadedSource]:
         """Return the sources that can be read, including those that hold rows which cannot be trained on.
 
         Raises:
-            LoratuneError: the disk or the template is at fault, not the rows; or a source is repeated and may not be.
+            LoratuneError: the disk or the template is at fault, not the rows or the recipe.
         """
         loaded = []
         for entry in entries:
@@ -48,37 +48,36 @@ class SourceLoader:
                 one = load_source(source, self._data, self._rendering, self._seed)
                 loaded.append(one)
                 with _collected(self.problems):
-                    check_filled(one.file, one.rows.log)
+                    check_filled(one.file, one.rows.log, self._data.placeholders)
                 left_out = judge_log(one.file, one.rows.log, self._data)
                 if left_out:
                     self.found.append(Found("bad_rows", "warn", one.rows.log.bad, left_out))
         return loaded
 
 
-def problems_of_sources(entries: Sequence[str | SourceSettings], data: DataSettings) -> list[str]:
+def problems_of_sources(entries: Sequence[str | SourceSettings], data: DataSettings) -> dict[str, Exit]:
     """Read all rows without encoding them, for recipes without a tokenizer at hand.
 
     Returns:
-        Why sources cannot be used, as far as it shows without a tokenizer.
+        Why sources cannot be used, as far as it shows without a tokenizer → the exit code of such a problem.
     """
-    problems: list[str] = []
+    problems: dict[str, Exit] = {}
     for entry in entries:
         with _collected(problems):
             rows = check_rows(open_rows(parse_source(entry).name, data.encoding), data)
             deque(rows, maxlen=0)
             with _collected(problems):
-                check_filled(rows.file, rows.log)
+                check_filled(rows.file, rows.log, data.placeholders)
             judge_log(rows.file, rows.log, data)
     return problems
 
 
 @contextmanager
-def _collected(problems: list[str]) -> Iterator[None]:
-    """Append an error of the data to `problems` instead of raising it; a file may be given twice, and is told once."""
+def _collected(problems: dict[str, Exit]) -> Iterator[None]:
+    """Add an error of the data or the recipe to `problems` instead of raising it; what is found twice is told once."""
     try:
         yield
     except LoratuneError as error:
-        if error.exit_code != Exit.DATA:
+        if error.exit_code not in (Exit.DATA, Exit.USAGE):
             raise
-        if (told := str(error)) not in problems:
-            problems.append(told)
+        problems.setdefault(str(error), error.exit_code)

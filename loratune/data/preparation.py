@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,12 +21,16 @@ from loratune.data.checks.findings import (
     shared_rows,
 )
 from loratune.data.encoding.loaded_source import LoadedSource, Rendering
+from loratune.data.formats.placeholders import PLACEHOLDER, braced, describe_literal, describe_unused
 from loratune.data.loading import SourceLoader
 from loratune.data.template.reasoning_form import ReasoningForm
 from loratune.data.template.thinking import Reasoning
 from loratune.errors import Exit, LoratuneError, agreeing, counted, joined
 from loratune.recipe.data_sections import DataSettings
 from loratune.recipe.sections import PromptSettings
+
+PLACEHOLDERS = "placeholders"
+"""Name of findings about `{{name}}`."""
 
 
 @dataclass
@@ -67,7 +71,7 @@ class PreparedData:
         """
         messages = refusals(self.found)
         if messages:
-            raise joined(messages, Exit.DATA)
+            raise joined([], Exit.DATA, others=messages)
         return self
 
     @property
@@ -98,9 +102,12 @@ def prepare_data(data: DataSettings, rendering: Rendering, seed: int) -> Prepare
     held_out = held_out.take(held_out.has_usable_sequence(max_length))
     if loader.problems:
         _leave_out_shared(rows, np.ones(len(rows), np.int64), held_out, data, found)
-        raise joined([*loader.problems, *refusals(found)], Exit.DATA)
+        refused = refusals(found)
+        code = Exit.DATA if refused else max(loader.problems.values())  # the recipe's, if no row is at fault
+        raise joined([*loader.problems], code, others=refused)
     if not len(rows):
         raise _nothing_left(data, max_length, kept, found)
+    found += _about_placeholders([*train, *validation], data.placeholders, rendering.prompt)
     times = mix(rows, seed)
     found += _unused_sources(rows, times)
     rows, times = rows.take(times > 0), times[times > 0]
@@ -137,6 +144,20 @@ def _cleaned(
         found += describe(name, kept, rows.without(gone), data, noun)
     found += judge_lengths(kept, data, max_length, noun)
     return kept
+
+
+def _about_placeholders(
+    loaded: Sequence[LoadedSource], given: Mapping[str, str], prompt: PromptSettings
+) -> Iterator[Found]:
+    """Yield what is written like a placeholder and has no value, and values that are not used."""
+    for file, log in {one.file.name: (one.file, one.rows.log) for one in loaded}.values():
+        if log.literal:
+            yield Found(PLACEHOLDERS, "warn", 0, f"{file.name}: {describe_literal(log.literal, given)}")
+    if names := PLACEHOLDER.findall(prompt.system or ""):
+        text = f"prompt.system holds {braced(names)}, which is no placeholder there: values are set into rows alone"
+        yield Found(PLACEHOLDERS, "warn", 0, text)
+    if unused := describe_unused(given, {name for one in loaded for name in one.rows.log.filled}):
+        yield Found(PLACEHOLDERS, "warn", 0, unused)
 
 
 def _poor_split(rows: int, held_out: int, share: float) -> Iterator[Found]:

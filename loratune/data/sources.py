@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from loratune.errors import Exit, LoratuneError
-from loratune.plain_files import is_folder
+from loratune.plain_files import is_file, is_folder, nearest_told
 from loratune.recipe.data_sections import SourceSettings
 
 # At least one character must precede the extension, so that a file named `.json` has none.
@@ -106,7 +107,9 @@ def _split_marks(path: str) -> tuple[str, list[str]]:
     if not match:
         if is_folder(path):
             raise LoratuneError(f"{path}: is a folder; name the file of rows in it", Exit.DATA)
-        advice = "; save it as CSV UTF-8" if SPREADSHEET.search(path.partition("#")[0]) else ""
+        plain = path.partition("#")[0]
+        near = "" if is_file(plain) else nearest_told(Path(plain), is_file)
+        advice = "; save it as CSV UTF-8" if SPREADSHEET.search(plain) else near
         raise LoratuneError(
             f"{path}: not a .json, .jsonl, .csv or .parquet file, nor one of the first three with .gz or .zst{advice}",
             Exit.DATA,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from loratune.data.reading.files import Row, RowFile
+from loratune.data.reading.files import Row, RowFile, unreadable
 from loratune.errors import Exit, LoratuneError, bullet_list, counted
 from loratune.evaluation.asserts import Assert, read_asserts
 from loratune.generation.batch.questions import AskedRow, QuestionFile, questions_of, read_questions
@@ -65,6 +65,8 @@ def _open_yaml(name: str) -> RowFile:
     path = Path(name)
     try:
         document = read_yaml(read_plain_text(path))
+    except FileNotFoundError as error:
+        raise unreadable(name, error) from error
     except (OSError, ValueError) as error:
         raise LoratuneError(f"{name}: cannot be read: {reason_of(error)}", Exit.DATA) from error
     if document.problems:

@@ -20,6 +20,7 @@ Finding: TypeAlias = Literal[
     "long_answers",
     "duplicates",
     "near_duplicates",
+    "other_answers",
     "overlap",
 ]
 """data.severity and data.remove take these names."""
@@ -34,6 +35,8 @@ class About(NamedTuple):
     """Default severity."""
     of_removed: str = ""
     """Sentence for rows that data.remove removed; empty if it is the same."""
+    of_pair: str = "is"
+    """What stands between such a row and the other one that it is compared with."""
 
 
 FINDINGS: dict[Finding, About] = {
@@ -68,6 +71,10 @@ FINDINGS: dict[Finding, About] = {
     "long_answers": About("have an answer more than ten times as long as half of all answers"),
     "duplicates": About("are the same as an earlier row"),
     "near_duplicates": About("are nearly the same as an earlier row"),
+    "other_answers": About(
+        "have the same question as an earlier row and another answer; the model learns a mixture of both",
+        of_pair="asks the same as",
+    ),
     "overlap": About(
         "are in training too, so that the validation loss says less than it seems to",
         of_removed="are in validation too",

@@ -51,7 +51,7 @@ def pass_gate(recipe: Recipe, day: str | None = None) -> PreparedData:
         problems = problems_of_sources([*recipe.data.train, *recipe.data.validation_sources], recipe.data)
         if not problems:
             raise
-        raise joined([*problems, error.message], Exit.DATA, error.commands) from error
+        raise joined([*problems], Exit.DATA, error.commands, others=[error.message]) from error
     if facts.is_dated and not prompt.date:
         prompt = prompt.model_copy(update={"date": day or date.today().isoformat()})
     remarks = list(_about_template(facts, prompt, stop_ids(folder)))

@@ -12,7 +12,7 @@ from loratune import console
 from loratune.data.assembly.steps import PassLayout
 from loratune.data.encoding.encoder import Encoder
 from loratune.data.preparation import PreparedData
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, together
 from loratune.model.adapter.attach import attach_adapter
 from loratune.model.adapter.own_weights import OwnWeights, resolve_weights, train_weights
 from loratune.model.adapter.plain_copy import with_same_weights
@@ -61,6 +61,7 @@ from loratune.training.gate import pass_gate
 from loratune.training.memory.expecting import ProcessMemory, Workload, expect_passes, settings_of
 from loratune.training.memory.planned import planned_model
 from loratune.training.memory.prediction import Prediction
+from loratune.training.names import refused_names
 from loratune.training.notes import Notes
 from loratune.training.probes.checked_model import CheckedModel, check_model
 from loratune.training.processes.group import from_all
@@ -131,7 +132,7 @@ def prepare(recipe: Recipe, day: str | None, output: Path, hardware: Hardware, s
     return_large_blocks()
     if recipe.training.deterministic:
         request_deterministic_cublas()
-    data = pass_gate(recipe, day).checked()
+    data = _checked_data(recipe, day, hardware)
     recipe = recipe.model_copy(update={"prompt": data.prompt})
     base = find_base(recipe.model)
     hashes = TensorHashes(weight_files(base))
@@ -156,6 +157,24 @@ def prepare(recipe: Recipe, day: str | None, output: Path, hardware: Hardware, s
         recipe, output, hardware, base, tokenizer, encoder, data, plan, arguments, warnings, start_up, stops, hashes,
         resident_bytes(),
     )  # fmt: skip
+
+
+def _checked_data(recipe: Recipe, day: str | None, hardware: Hardware) -> PreparedData:
+    """Return the data of a recipe that names modules of its model.
+
+    Raises:
+        LoratuneError: what is wrong with rows and names, together.
+    """
+    errors = []
+    try:
+        data = pass_gate(recipe, day).checked()
+    except LoratuneError as error:
+        errors.append(error)
+    if wrong := refused_names(recipe, hardware):
+        errors.append(wrong)
+    if errors:
+        raise together(errors) if len(errors) > 1 else errors[0]
+    return data
 
 
 def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:

@@ -42,7 +42,7 @@ class FoundRows:
 
     places: Indices
     twins: Indices | None = None
-    """For duplicates: the index of the earlier row that each equals or resembles."""
+    """For duplicates and other answers: the index of the earlier row that each is compared with."""
 
     def without(self, gone: NDArray[np.bool_]) -> FoundRows:
         """Return the remaining rows after a removal, by their indices in the reduced pool."""
@@ -62,7 +62,10 @@ def find_rows(pool: Pool, settings: DataSettings) -> dict[Finding, FoundRows]:
     }
     first = earlier_copies(pool.digests)
     later = np.flatnonzero(first != np.arange(len(pool)))
+    asked = earlier_copies(pool.of_each_row("asked", np.uint64))
+    other = np.flatnonzero((pool.digests != pool.digests[asked]) & (first == np.arange(len(pool))))
     found |= {"long_answers": FoundRows(_long_answers(pool)), "duplicates": FoundRows(later, first[later])}
+    found["other_answers"] = FoundRows(other, asked[other])
     if settings.near_duplicates is not None:
         found["near_duplicates"] = _near_duplicates(pool, settings.near_duplicates, later)
     return found
@@ -87,16 +90,14 @@ def describe(
     advice = f"--data.remove {name} removes them"
     if level == "refuse":
         advice += f", --data.severity {name}=warn takes them"
-    text = (
-        f"{_said(pool, rows.places, noun, FINDINGS[name].sentence)} ({advice}):\n{_listed(pool, rows, other or pool)}"
-    )
-    yield Found(name, level, len(rows.places), text)
+    said, listed = _said(pool, rows.places, noun, FINDINGS[name].sentence), _listed(name, pool, rows, other or pool)
+    yield Found(name, level, len(rows.places), f"{said} ({advice}):\n{listed}")
 
 
 def describe_removed(name: Finding, pool: Pool, rows: FoundRows, noun: str) -> Found:
     """A finding whose rows have been removed."""
     sentence = FINDINGS[name].of_removed or FINDINGS[name].sentence
-    text = f"{_said(pool, rows.places, noun, sentence)}; removed:\n{_listed(pool, rows, pool)}"
+    text = f"{_said(pool, rows.places, noun, sentence)}; removed:\n{_listed(name, pool, rows, pool)}"
     return Found(f"{name}, removed", "note", len(rows.places), text)
 
 
@@ -105,15 +106,16 @@ def _said(pool: Pool, places: Indices, noun: str, predicate: str) -> str:
     return f"{len(places):,} of {counted(len(pool), noun)} {agreeing(len(places), predicate)}"
 
 
-def _listed(pool: Pool, rows: FoundRows, other: Pool) -> str:
+def _listed(name: Finding, pool: Pool, rows: FoundRows, other: Pool) -> str:
     """List the first rows, each with its original or an excerpt."""
     first = rows.places[:SHOWN_ROWS]
     if rows.twins is None:
         lines = [pool.place(index) for index in first]
     else:
-        pairs = zip(first, rows.twins, strict=False)
+        compared = FINDINGS[name].of_pair
         lines = [
-            f"{pool.short_place(later)} is {_other_place(pool, later, other, earlier)}" for later, earlier in pairs
+            f"{pool.short_place(later)} {compared} {_other_place(pool, later, other, earlier)}"
+            for later, earlier in zip(first, rows.twins, strict=False)
         ]
     return bullet_list(lines, limit=SHOWN_ROWS, total=len(rows.places))
 

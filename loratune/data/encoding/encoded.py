@@ -28,6 +28,7 @@ SCHEMA = pa.schema(
         ("labels", pa.list_(pa.int32())),
         ("number", pa.int64()),
         ("digest", pa.uint64()),
+        ("asked", pa.uint64()),
         ("flags", pa.int32()),
         ("tokens", pa.int32()),
         ("trained", pa.int32()),
@@ -47,6 +48,8 @@ class Line(NamedTuple):
     """Number of the row or line in its file."""
     digest: int
     """Hash of the row's messages and tools."""
+    asked: int
+    """Hash of the same without the last answer."""
     flags: int
     tokens: int
     trained: int
@@ -109,6 +112,11 @@ class EncodedRows:
     def digests(self) -> NDArray[np.uint64]:
         """Hash of messages and tools, per row."""
         return self._of_rows("digest")
+
+    @cached_property
+    def asked(self) -> NDArray[np.uint64]:
+        """Hash of what precedes the last answer, and of the tools, per row."""
+        return self._of_rows("asked")
 
     @cached_property
     def flags(self) -> NDArray[np.int32]:

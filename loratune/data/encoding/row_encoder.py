@@ -87,6 +87,7 @@ class RowEncoder:
             examples, kept = rendered
             text = json.dumps(conversation.messages, ensure_ascii=False)
             digest = _digest(text, conversation.tools)
+            asked = _digest(json.dumps(conversation.messages[:-1], ensure_ascii=False), conversation.tools)
             lost = sum(len(example.input_ids) for example in examples) - sum(len(one.input_ids) for one in kept)
             flags = self._flags(conversation, kept) | CUT * (lost > 0)
             # A row without anything to train keeps an empty line, so that it can be reported.
@@ -97,6 +98,7 @@ class RowEncoder:
                     labels=one.labels,
                     number=number,
                     digest=digest,
+                    asked=asked,
                     flags=flags,
                     tokens=len(ids),
                     trained=one.trained_tokens,

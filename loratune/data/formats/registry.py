@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,15 +12,13 @@ from loratune.data.formats import alpaca, prompt_rows
 from loratune.data.formats.asked_rows import with_last_turn, with_output
 from loratune.data.formats.chat_rows import CONVERSATIONS, MESSAGES, ChatRows
 from loratune.data.formats.conversation import Conversation, Message, kind_of
+from loratune.data.formats.placeholders import Filler
 from loratune.data.formats.row_media import named_media, referred_media
 from loratune.data.formats.row_tools import tools_of
 from loratune.nearest import MISSPELT, nearest
 
 NAMED_FIRST = re.compile(r"'(\w+)' is ")
 """Matches the column that a problem begins with."""
-PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
-# The two placeholders in published identity datasets; others may be literal text.
-MUST_BE_FILLED = ("name", "author")
 
 
 @dataclass(frozen=True)
@@ -138,8 +135,9 @@ class ConversationReader:
         self.ignored: set[str] = set()
         """Unused keys of the rows read so far."""
         self._columns = columns
-        self._system: tuple[Message, ...] = ({"role": "system", "content": system},) if system else ()
-        self._fill = _Filler(placeholders)
+        self.fill = Filler(placeholders)
+        """Records the placeholders of the rows read so far."""
+        self._system: tuple[Message, ...] = ({"role": "system", "content": self.fill(system)},) if system else ()
 
     def read(self, given: Any) -> Conversation | str:
         """Return the conversation of a row, or the reasons why it cannot be trained on."""
@@ -160,16 +158,11 @@ class ConversationReader:
         if found:
             return "; ".join(_in_file_s_words(problem, self.kind, row) for problem in found)
         self.ignored.update(unread)
-        turns = tuple(_filled(message, self._fill) for message in self.kind.messages(value))
+        turns = tuple(_filled(message, self.fill) for message in self.kind.messages(value))
         is_set = turns[0]["role"] == "system"
         added = () if is_set else self._system
         untrained = frozenset(place + len(added) for place in self.kind.untrained(value))
         return Conversation((*added, *turns), untrained, self.kind.tools(value))
-
-    @property
-    def unfilled(self) -> list[str]:
-        """Required placeholders of the rows read so far that have no value, sorted."""
-        return sorted(self._fill.missing)
 
 
 def detect_format(first: Iterable[Any], columns: Mapping[str, str], are_questions: bool = False) -> Format:
@@ -188,13 +181,6 @@ def detect_format(first: Iterable[Any], columns: Mapping[str, str], are_question
             if kind.is_of(kind.answered(row) if are_questions else row):
                 return kind
     return ALPACA
-
-
-def describe_unfilled(names: Sequence[str]) -> str:
-    """Describe placeholders without a value, and the flags that set them."""
-    flags = " ".join(f"--data.placeholders {shlex.quote(f'{name}=TEXT')}" for name in names)
-    held = ", ".join("{{" + name + "}}" for name in names)
-    return f"rows hold {held}; give values in data.placeholders, or as {flags}"
 
 
 def renamed(value: Any, columns: Mapping[str, str] | None) -> Any:
@@ -216,33 +202,8 @@ def _in_file_s_words(problem: str, kind: Format, row: Any) -> str:
     return f"{problem}, but there is {misspelt!r}" if misspelt else problem
 
 
-def _filled(message: Message, fill: _Filler) -> Message:
+def _filled(message: Message, fill: Filler) -> Message:
     filled: Message = {**message, "content": fill(message["content"])}
     if "tool_calls" in message:
         filled["tool_calls"] = fill.all_texts(message["tool_calls"])
     return filled
-
-
-class _Filler:
-    """Fills placeholders, ignoring case, and records required ones that have no value."""
-
-    def __init__(self, placeholders: Mapping[str, str]) -> None:
-        self.values = {name.lower(): value for name, value in placeholders.items()}
-        self.missing: set[str] = set()
-
-    def __call__(self, text: str) -> str:
-        return text if "{{" not in text else PLACEHOLDER.sub(self._value, text)
-
-    def all_texts(self, value: Any) -> Any:
-        """Return a JSON value with every string except keys filled."""
-        if isinstance(value, dict):
-            return {key: self.all_texts(inner) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [self.all_texts(inner) for inner in value]
-        return self(value) if isinstance(value, str) else value
-
-    def _value(self, match: re.Match[str]) -> str:
-        name = match[1].lower()
-        if name not in self.values and name in MUST_BE_FILLED:
-            self.missing.add(name)
-        return self.values.get(name, match[0])

@@ -1,25 +1,15 @@
-"""Decodes a file's bytes in the configured encoding; for undecodable bytes, the error guesses the encoding."""
+"""Decodes a file's bytes in the configured encoding; for undecodable bytes, the error names the likely one."""
 
 from __future__ import annotations
 
 import codecs
-import re
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
-from charset_normalizer import from_bytes
-from charset_normalizer.utils import is_multi_byte_encoding
-
+from loratune.data.reading.encoding_guess import guess_encoding
 from loratune.errors import Exit, LoratuneError
 
-UNKNOWN_TO_ICONV = [
-    *("cp720", "cp1006", "euc_jis_2004", "hz", "kz1048", "latin_1", "mac_greek", "mac_iceland", "mac_latin2"),
-    *("mac_roman", "mac_turkish", "ptcp154", "shift_jis_2004", "shift_jisx0213"),
-]
-"""Encodings whose names glibc's iconv does not know; they are excluded from guesses."""
 UNPACKERS = {".gz": "gzip -dc", ".zst": "zstd -dc"}
-PAIRED = re.compile(rb"[\xa1-\xfe]+")
 SAMPLE = 1 << 20
 BEFORE_FAULT = 1 << 16
 
@@ -81,7 +71,7 @@ def _not_in_encoding(name: str, encoding: str, start: int, blocks: Iterator[byte
             "give the encoding that all the files are in, or convert this one to it with iconv",
             Exit.DATA,
         )
-    guess = _guess_encoding(_sample(blocks, start))
+    guess = guess_encoding(_sample(blocks, start))
     path = Path(name)
     unpacker = UNPACKERS.get(path.suffix.lower())
     source, target = f" {path.name}", path.stem if unpacker else path.name
@@ -116,24 +106,3 @@ def _sample(blocks: Iterator[bytes], position: int) -> bytes:
         return kept[:SAMPLE]
     line = kept.rfind(b"\n", 0, position - start) + 1
     return kept[line or position - start :][:SAMPLE]
-
-
-def _has_pairs(sample: bytes, guess: str) -> bool:
-    """Return whether bytes beyond ASCII come in pairs, as Chinese does, where a guess has a byte for each character.
-
-    Letters with accents mostly stand alone.
-    """
-    runs = PAIRED.findall(sample.rstrip(bytes(range(0xA1, 0xFF))))  # the sample may end within a pair
-    return not is_multi_byte_encoding(guess) and bool(runs) and all(len(run) % 2 == 0 for run in runs)
-
-
-def _guess_encoding(sample: bytes) -> str:
-    """Return iconv's name of the most likely encoding."""
-    best = from_bytes(sample, cp_exclusion=UNKNOWN_TO_ICONV).best()
-    name = best.encoding if best else "ENCODING"
-    if name in ("big5", "big5hkscs", "cp949", "euc_kr", "johab") or (best and _has_pairs(sample, name)):
-        # A few characters do not distinguish these from GBK, which Chinese Excel and Notepad write.
-        with suppress(UnicodeDecodeError):
-            codecs.getincrementaldecoder("gb18030")().decode(sample)
-            name = "gb18030"
-    return re.sub("-([BL]E)$", r"\1", name.upper().replace("_", "-"))  # iconv's spelling is UTF-16LE

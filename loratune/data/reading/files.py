@@ -22,7 +22,7 @@ from loratune.data.sources import FileKind, file_kind, hub_name
 from loratune.errors import Exit, LoratuneError
 from loratune.plain_files import is_file, nearest_told
 
-__all__ = ["BadRow", "Row", "RowFile", "open_rows"]
+__all__ = ["BadRow", "Row", "RowFile", "open_rows", "unreadable"]
 
 BLOCK = 1 << 18
 """Number of bytes per read."""
@@ -124,7 +124,7 @@ def _blocks(name: str, compression: str | None = None) -> Iterator[bytes]:
             raise LoratuneError(
                 f"{name}: damaged or cut short: {error}; copy or download it again", Exit.DATA
             ) from error
-        raise _unreadable(name, error) from error
+        raise unreadable(name, error) from error
 
 
 def _open(name: str, compression: str | None) -> Any:
@@ -144,7 +144,7 @@ def _check_readable(name: str) -> None:
         if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
             Path(name).open("rb").close()
     except (OSError, ValueError) as error:
-        raise _unreadable(name, error) from error
+        raise unreadable(name, error) from error
     if not stat.S_ISREG(mode):
         raise LoratuneError(f"{name}: not a regular file, which can be read more than once; save it as one", Exit.DATA)
 
@@ -157,7 +157,8 @@ def _stamp(name: str) -> tuple[int, int] | None:
     return found.st_size, found.st_mtime_ns
 
 
-def _unreadable(name: str, error: OSError | ValueError) -> LoratuneError:
+def unreadable(name: str, error: OSError | ValueError) -> LoratuneError:
+    """Return the error for a file that cannot be opened: it is missing, or its disk is at fault."""
     if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
         return LoratuneError(f"{name}: cannot be read: {error.strerror}", Exit.IO)
     # ValueError: a NUL in the name

@@ -10,7 +10,8 @@ from typing import Any
 
 from loratune.data.checked_rows import FORMAT_ROWS, SHOWN_ROWS
 from loratune.data.formats.conversation import Conversation, Message, written_out
-from loratune.data.formats.registry import FORMATS, MUST_BE_FILLED, PLACEHOLDER, ConversationReader, detect_format
+from loratune.data.formats.placeholders import MUST_BE_FILLED, PLACEHOLDER
+from loratune.data.formats.registry import FORMATS, ConversationReader, detect_format
 from loratune.data.reading.files import BadRow, RowFile, open_rows
 from loratune.data.sources import parse_source
 from loratune.errors import Exit, LoratuneError, bullet_list, counted

@@ -16,7 +16,7 @@ from peft import (
 )
 from safetensors.torch import load_file
 
-from loratune.errors import Exit, LoratuneError, counted
+from loratune.errors import Exit, LoratuneError, counted, refusal, together
 from loratune.model.adapter.completeness import Shapes, require_complete, tensor_shapes
 from loratune.model.adapter.files import WEIGHTS_FILE, read_config_values
 from loratune.model.adapter.other_layouts import in_peft_layout
@@ -49,9 +49,7 @@ def attach_adapter(
     Raises:
         LoratuneError: the model does not have the targets, layers or modules_to_save, or PEFT refuses a target.
     """
-    targets = targets or resolve_targets(model, settings)
-    _check_modules_to_save(model, settings.modules_to_save)
-    _check_patterns(targets, settings)
+    targets = check_names(model, settings, targets)
     torch.manual_seed(seed)
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -82,6 +80,33 @@ def attach_adapter(
         start_from_base(adapted, settings)
     own_parameters(adapted).keep_trained("default")
     return adapted
+
+
+def check_names(model: CausalModel, settings: LoraSettings, targets: Targets | None = None) -> Targets:
+    """Compare the names in a recipe's lora section with the modules of a model, which needs no weights for that.
+
+    Args:
+        model: a causal language model without an adapter.
+        settings: the recipe's lora section.
+        targets: of the settings in the model, if they have been resolved already.
+
+    Returns:
+        The targets.
+
+    Raises:
+        LoratuneError: the model does not have the targets, layers or modules_to_save, or a pattern matches no target.
+    """
+    unsaved = refusal(lambda: _check_modules_to_save(model, settings.modules_to_save))
+    try:
+        targets = targets or resolve_targets(model, settings)
+        _check_patterns(targets, settings)
+    except LoratuneError as error:
+        if unsaved:
+            raise together([error, unsaved]) from error
+        raise
+    if unsaved:
+        raise unsaved
+    return targets
 
 
 def _ranks_and_alphas(settings: LoraSettings) -> dict[str, Any]:
