@@ -16,7 +16,7 @@ from loratune.plain_files import is_file, nearest_beside, open_plain
 from loratune.recipe.flag_values import parse_flag
 from loratune.recipe.method_sections import METHOD, METHOD_SECTIONS
 from loratune.recipe.names import drop_keys, rename_keys, renamed_flags
-from loratune.recipe.problems import described_problems, refusal, with_place
+from loratune.recipe.problems import described_problems, refused_recipe, with_place
 from loratune.recipe.row_places import drop_examples, with_found_rows
 from loratune.recipe.sections import Recipe, settings_with_dropped
 from loratune.recipe.sweep_section import SWEEP, SweepSettings
@@ -179,7 +179,7 @@ def _validated(document: Document, path: Path | None, flags: dict[str, Any], is_
             described = described_problems(error.errors(), document.lines, used_flags)
             problems += [problem for problem in described if problem.line not in known_lines]
     if problems or recipe is None:
-        raise refusal(problems, path, flags)
+        raise refused_recipe(problems, path, flags)
     return recipe
 
 

@@ -38,7 +38,7 @@ def with_place(problem: Problem) -> str:
     return ": ".join([*filter(None, places), problem.message])
 
 
-def refusal(problems: list[Problem], path: Path | None, flags: Iterable[str]) -> LoratuneError:
+def refused_recipe(problems: list[Problem], path: Path | None, flags: Iterable[str]) -> LoratuneError:
     """Return the error of a recipe, whose headline says where its problems are.
 
     Args:
