@@ -39,12 +39,13 @@ def next_step(command: Command, indent: str = "") -> None:
 def command_lines(command: Command, columns: int) -> list[str]:
     """Return a command's text in lines that fit, each but the last with the backslash by which a shell reads on.
 
-    A flag stays with its value, and what is longer than a line stays whole, as does a word with line breaks.
+    Where that takes several, the purpose has a line of its own, so that the others can be copied whole. A flag stays
+    with its value, and what is longer than a line stays whole, as does a word with line breaks.
     """
     if cell_len(str(command)) <= columns:
         return [str(command)]
     first, *parts = _parts(command.words)
-    lines = [f"{command.purpose}: {first}"]
+    lines = [f"  {first}"]
     for part in parts:
         last, widest = lines[-1].rpartition("\n")[2], max(map(cell_len, part.split("\n")))
         if cell_len(last) + 1 + widest + len(" \\") <= columns:
@@ -52,7 +53,7 @@ def command_lines(command: Command, columns: int) -> list[str]:
         else:
             lines[-1] += " \\"
             lines.append(f"    {part}")
-    return [*lines, *(f"    ({name}: {meaning})" for name, meaning in command.chosen.items())]
+    return [f"{command.purpose}:", *lines, *(f"    ({name}: {meaning})" for name, meaning in command.chosen.items())]
 
 
 def _parts(words: Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """The exception for errors that users can fix, and the exit codes."""
 
 import errno
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -55,6 +56,17 @@ class Problem:
 
 SINGULAR = {"are": "is", "have": "has", "hold": "holds", "equal": "equals", "differ": "differs", "stay": "stays"}
 """Verb in the plural → in the singular; all others that are used have one form, such as `cannot`."""
+
+HUB_ERRORS = {
+    "OfflineModeIsEnabled": "it is not on this machine, and HF_HUB_OFFLINE is set",
+    "GatedRepoError": "it is gated: ask for access on its page at the hub, and log in with `hf auth login`",
+    "RepositoryNotFoundError": "the hub has none of this name, or it is private and needs `hf auth login`",
+    "RevisionNotFoundError": "it has no such revision",
+    **dict.fromkeys(("ConnectTimeout", "ReadTimeout", "TimeoutError"), "the hub does not answer in time"),
+    **dict.fromkeys(("ConnectError", "ConnectionError"), "no connection ({reason})"),
+    "HfHubHTTPError": "{reason}",
+}
+"""Class of a hub's client or its HTTP library → what it means; the first that is found counts."""
 
 
 SHOWN_MESSAGES = 10
@@ -170,6 +182,19 @@ def first_line_of(error: BaseException, limit: int = 300) -> str:
 def named_reason_of(error: BaseException) -> str:
     """The same behind its class, which says most where a hub's client fails."""
     return f"{type(error).__name__}: {first_line_of(error) if str(error).strip() else 'no reason given'}"
+
+
+def hub_reason_of(error: BaseException) -> str:
+    """The same of a hub's client, in words for what its classes stand for; a traceback names them."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+        chain.append(cause)
+    names = {kind.__name__ for one in chain for kind in type(one).__mro__} | {*re.findall(r"\w+", str(error))}
+    known = next((words for name, words in HUB_ERRORS.items() if name in names), None)
+    if known is None:
+        return named_reason_of(error)
+    of_system = [one.strerror for one in chain if isinstance(one, OSError) and one.errno and one.strerror]
+    return known.format(reason=of_system[-1] if of_system else re.sub(r" \(\w+\)$", "", first_line_of(error)))
 
 
 def counted(count: float, noun: str) -> str:

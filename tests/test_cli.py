@@ -450,6 +450,10 @@ def test_commands_of_other_tools_stand_for_commands_that_there_are() -> None:
         (("sft", "it's mine.json"), """rows are given as --data.train 'it'"'"'s mine.json'"""),
         (("serve", str(Path(__file__).parent)), "; an adapter is given as --adapter /"),
         (("infer", str(ASSETS / "tiny-qwen")), "; a model is given as --model /"),
+        (("sft", "--lora.use_dora", "True"), "(True); a flag to switch on or off takes no value: --NAME, or --no-NAME"),
+        (("infer", "Who are you?", "-a", "run"), "(Who are you?); a prompt is given as --prompt 'Who are you?'"),
+        (("infer", "who", "are", "you"), "; a prompt is given as --prompt 'who are you'"),
+        (("infer", str(Path(__file__).parent), "hi"), "; a prompt is given as --prompt hi"),
         (("export", "-o", "x", "--format", "gguff"), "--format' / '-f': 'gguff' is not one of 'gguf', 'ollama', "),
         (("export", "-o", "x", "--format", "gguff"), "; did you mean gguf?"),
         (("export", "-o", "x", "-f", "gguf", "-q", "q4_k_m"), "llama.cpp's llama-quantize makes smaller ones"),
@@ -479,6 +483,13 @@ def test_nothing_is_made_of_a_word_that_means_nothing_there(cli: Cli, typed: tup
         (("merge", "-o", "x"), ["--adapter"], "merge -o x --json --adapter ADAPTER"),
         (("merge", "TESTS"), ["--adapter", "--output"], "merge --json --adapter TESTS --output OUTPUT"),
         (("merge", "nowhere"), ["--adapter", "--output"], "merge --json --adapter ADAPTER --output OUTPUT"),
+        (("merge", "A", "b c"), ["--adapter", "--output"], "merge --json --adapter A --output 'b c'"),
+        (("merge", "TESTS", "new"), ["--adapter", "--output"], "merge --json --adapter TESTS --output new"),
+        (
+            ("export", "TESTS", "gguf", "new"),
+            ["--output", "--format"],
+            "export --json --output new --format gguf --adapter TESTS",
+        ),
         (("export", "-fgguf"), ["--output"], "export -fgguf --json --output OUTPUT"),
         (
             ("export", "--adapter=a"),
@@ -504,6 +515,7 @@ def test_all_that_a_line_lacks_is_told_with_the_whole_line(
     assert command["line"] == f"loratune {line}".replace("TESTS", here)
     assert [(one["key"], one["remedy"]) for one in error["problems"]] == [(name, f"give {name}") for name in missing]
     assert all(name in command["line"].split() for name in command["chosen"])
+    assert error["message"].endswith("no flag is given for it: nowhere") == (typed == ("merge", "nowhere"))
 
 
 @pytest.mark.parametrize("chosen", [None, "64"])

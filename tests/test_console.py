@@ -143,7 +143,7 @@ def test_an_indented_command_is_the_same_command_for_a_shell(
     words = ("Be brief.\nBe kind.", "a" * 40, "\n\nWhy?")
     console.next_step(Command("", ("printf", "%s\\0", *words)), indent="  ")
     printed = capsys.readouterr().err
-    done = subprocess.run(["sh", "-c", printed.removeprefix("  : ")], capture_output=True, text=True, check=True)
+    done = subprocess.run(["sh", "-c", printed.removeprefix("  :\n")], capture_output=True, text=True, check=True)
     assert done.stdout.split("\0") == [*words, ""]
     assert "\\\n      '\n\nWhy?'" in printed
 
@@ -153,7 +153,9 @@ def test_a_command_is_broken_between_flags_only_where_it_does_not_fit() -> None:
     whole = "merge it: loratune merge --adapter 'out/小李' --output OUT  (OUT: a folder)"
     assert console.command_lines(command, cell_len(whole)) == [whole]
     lines = console.command_lines(command, 50)
-    assert lines == ["merge it: loratune merge --adapter 'out/小李' \\", "    --output OUT", "    (OUT: a folder)"]
+    assert lines == [
+        *("merge it:", "  loratune merge --adapter 'out/小李' \\", "    --output OUT", "    (OUT: a folder)")
+    ]
     assert max(map(cell_len, lines)) <= 50
 
 

@@ -63,7 +63,7 @@ def fault(words: list[str], whole: bool = True) -> str:
         if not hasattr(command, "resolve_command"):
             command.make_context(command.name, left)
     except (USAGE_ERROR, LoratuneError) as error:
-        incomplete = re.search("give also|requires an argument", str(error))
+        incomplete = re.search("the command needs:|requires an argument", str(error))
         return "" if incomplete and not whole else f"loratune {shlex.join(words)}: {error}"
     return ""
 

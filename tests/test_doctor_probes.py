@@ -623,7 +623,8 @@ def test_a_hub_that_answers_takes_the_token_or_not(address: str) -> None:
     assert asked(address, "good", "org/name") == HubFacts(address, False, "", "accepted", 1050, "")
     other = asked(address, "bad", "org/other")
     assert (other.token, other.base_bytes) == ("refused", None)
-    assert "404" in other.base_reason or "NotFound" in other.base_reason
+    assert "404 Not Found" in other.base_reason
+    assert "HTTPError" not in other.base_reason
 
 
 def test_a_hub_that_does_not_answer_is_told() -> None:

@@ -21,6 +21,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
+from loratune.board.search import Search
 from loratune.cli.app import app
 from loratune.data.encoding.encoder import Encoder
 from loratune.engine.engine import Engine, load_engine
@@ -29,7 +30,7 @@ from loratune.engine.types import GREEDY
 from loratune.errors import Exit, LoratuneError
 from loratune.evaluation.tasks import run
 from loratune.evaluation.tasks.harness_model import HarnessModel, sampling_of
-from loratune.evaluation.tasks.result import Metric, TasksResult, read_tasks
+from loratune.evaluation.tasks.result import Metric, TasksResult, read_tasks, write_tasks
 from loratune.evaluation.tasks.run import TasksRequest, find_tasks
 from loratune.evaluation.tasks.scores import ADAPTER, BASE
 from loratune.evaluation.tasks.table import show_tasks
@@ -462,6 +463,19 @@ def test_an_output_that_cannot_be_written_is_told_before_a_model_is_loaded(
         run_tasks(request_of(folder, adapter, "chosen"))
     assert failure.value.exit_code == Exit.IO
     assert (folder.parent / "results").read_text() == "a file"
+
+
+def test_a_folder_is_there_only_with_scores_unless_it_was_before(folder: Path, adapter: Path) -> None:
+    request = request_of(folder, adapter, "chosen")
+    find_tasks(request)
+    assert "results" not in Search(folder.parent).find().foreign
+    assert not request.output.exists()
+    request.output.mkdir()
+    find_tasks(request)
+    assert list(request.output.iterdir()) == []
+    result = TasksResult("run", "org/base", None, {}, None, ())
+    write_tasks(folder.parent / "new" / "results", result)
+    assert read_tasks(folder.parent / "new" / "results") == result
 
 
 def test_all_unknown_tasks_are_told_at_once(folder: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:

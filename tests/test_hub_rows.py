@@ -12,7 +12,7 @@ import datasets
 import pytest
 
 from loratune.data.reading.files import RowFile, open_rows
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, hub_reason_of
 
 ROWS = [{"instruction": f"第{n}", "input": None if n % 2 else "x", "turns": [{"a": n}]} for n in range(600)]
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
@@ -114,11 +114,35 @@ def test_what_a_hub_cannot_give_is_told_with_the_first_line_of_its_reason(
     hugging_face(ConnectionError("no route\nand a long story"))
     modelscope(ValueError())
     message = refusal("hf:org/name")
-    assert message.startswith("hf:org/name: loading from the Hugging Face hub failed: ConnectionError: no route\n")
+    assert message.startswith("hf:org/name: loading from the Hugging Face hub failed: no connection (no route)\n")
     assert "long story" not in message
     assert refusal("ms:org/name").startswith(
         "ms:org/name: loading from ModelScope failed: ValueError: no reason given\n"
     )
+
+
+def raised(name: str, text: str, cause: Exception | None = None) -> Exception:
+    """An error of a class with this name, as a hub's client or its HTTP library raises it."""
+    error: Exception = type(name, (OSError,), {})(text)
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (raised("LocalEntryNotFoundError", "x", raised("OfflineModeIsEnabled", "y")), "HF_HUB_OFFLINE is set"),
+        (ConnectionError("Couldn't reach it (OfflineModeIsEnabled)"), "HF_HUB_OFFLINE is set"),
+        (raised("GatedRepoError", "401"), "it is gated: ask for access"),
+        (raised("RepositoryNotFoundError", "404"), "the hub has none of this name"),
+        (raised("ConnectError", "[Errno 111] x", ConnectionRefusedError(111, "refused")), "no connection (refused)"),
+        (raised("LocalEntryNotFoundError", "Got: ConnectTimeout: 10 s"), "the hub does not answer in time"),
+        (ConnectionError("Couldn't reach it (LocalEntryNotFoundError)"), "no connection (Couldn't reach it)"),
+    ],
+)
+def test_what_the_errors_of_a_hub_mean_is_told_in_words(error: Exception, words: str) -> None:
+    assert words in hub_reason_of(error)
+    assert "Error" not in hub_reason_of(error)
 
 
 def test_a_missing_library_is_told_with_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,9 @@ import pytest
 from documents import faults
 
 from loratune.errors import Exit, LoratuneError
+from loratune.mcp_server.arguments import setting_problems
 from loratune.mcp_server.bounds import Bounds
-from loratune.mcp_server.calls import Calls, flags, setting_words
+from loratune.mcp_server.calls import TELL, Calls, flags, setting_words
 from loratune.mcp_server.wording import in_arguments
 from loratune.recipe.loading import ASSETS, load_recipe
 from loratune.runs.state import run_state
@@ -117,6 +118,12 @@ def test_no_value_becomes_a_flag_and_only_settings_are_settings() -> None:
             setting_words({name: True})
     with pytest.raises(LoratuneError) as caught:
         setting_words({"lora.rnk": 4, "lr": 1})
+    assert [one.key for one in setting_problems({"data": {"train": [], "trian": []}, "lora": 4})] == [
+        *("data", "data.trian", "lora")
+    ]
+    told = "; write its settings by dotted name: "
+    with pytest.raises(LoratuneError, match=re.escape(f'{told}{{"training.packing": …, "training.epochs": …}}')):
+        setting_words({"training": {"packing": False, "epochs": 2}})
     found = {one.key: one.message for one in caught.value.problems}
     assert found["lora.rnk"].endswith("did you mean lora.rank?")
     assert found["lr"].endswith("this is training.learning_rate")
@@ -137,13 +144,17 @@ ERROR = {"schema": "loratune/error/1", "exit_code": 2, "commands": []}
         ("raise --lora.rank", ["adapter"], "raise --lora.rank (only on the command line)"),
         ("--no-general is quicker", ["general"], "`general`: false is quicker"),
         ("go on: loratune sft --resume; or --resume", ["resume"], "go on: loratune sft --resume; or `resume`"),
+        ("give it with --model", ["adapter"], "give it with `model` of infer"),
+        ("start the server with --read", ["read"], "start the server with --read"),
         ("a--b and ---", ["b"], "a--b and ---"),
         ("'--b': must be a number; got '--b --c'", ["b"], "'`b`': must be a number; got '--b --c'"),
     ],
 )
 def test_flags_in_messages_become_arguments(told: str, arguments: list[str], expected: str) -> None:
     problem = {"message": told, "remedy": None, "key": "--max-new-tokens"}
-    found = in_arguments({**ERROR, "message": told, "problems": [problem]}, dict.fromkeys(arguments))
+    found = in_arguments(
+        {**ERROR, "message": told, "problems": [problem]}, "one", {"one": arguments, "infer": ["model"]}
+    )
     assert found["message"] == found["problems"][0]["message"] == expected
     assert found["problems"][0]["remedy"] is None
     assert found["problems"][0]["key"] == ("max_new_tokens" if "max_new_tokens" in arguments else "max-new-tokens")
@@ -158,11 +169,39 @@ def test_what_no_process_can_be_given_is_a_mistake_of_the_caller(root: Path, val
 
 # --- the protocol ---
 
+
+def test_the_lines_of_a_command_are_told_while_it_runs_but_not_its_error(root: Path) -> None:
+    told = []
+
+    async def run() -> Any:
+        async def tell(line: str) -> None:
+            told.append(line)
+
+        TELL.set(tell)
+        words = ["sft", "--config=quickstart", "--output=run", "--model.attention=eager"]
+        await Calls(root).run(*words, "--show")
+        return await Calls(root).run(*words, "--lora.rank=0", "--show")
+
+    error = asyncio.run(run())
+    renamed = "--model.attention is now --model.attn_implementation (the old name still works)"
+    assert "lora.rank" in error["message"]
+    assert " ".join(told).count(renamed) == 2
+    assert "lora.rank" not in " ".join(told)
+
+
 Call = Callable[..., Awaitable[Any]]
 
 
-def in_session(root: Path, script: Callable[[Call], Awaitable[None]]) -> set[str]:
-    """Start the server as clients do, run a script of calls, and end it; return the names of its tools."""
+def in_session(
+    root: Path, script: Callable[[Call], Awaitable[None]], progress: list[tuple[float, str | None]] | None = None
+) -> set[str]:
+    """Start the server as clients do, run a script of calls, and end it; return the names of its tools.
+
+    Args:
+        root: folder of the server.
+        script: gets what calls a tool.
+        progress: gets the numbers and lines that the server tells of calls.
+    """
     mcp = pytest.importorskip("mcp")
 
     async def run() -> set[str]:
@@ -170,8 +209,12 @@ def in_session(root: Path, script: Callable[[Call], Awaitable[None]]) -> set[str
         server = mcp.StdioServerParameters(command=sys.executable, args=line, env=dict(os.environ), cwd=str(REPOSITORY))
         async with mcp.Client(server) as client:
 
+            async def noted(number: float, total: float | None, line: str | None) -> None:
+                if progress is not None:
+                    progress.append((number, line))
+
             async def call(tool: str, is_error: bool = False, **arguments: Any) -> Any:
-                result = await client.call_tool(tool, arguments)
+                result = await client.call_tool(tool, arguments, progress_callback=noted)
                 assert result.is_error == is_error, result
                 assert json.loads(result.content[0].text) == result.structured_content
                 return result.structured_content
@@ -183,6 +226,8 @@ def in_session(root: Path, script: Callable[[Call], Awaitable[None]]) -> set[str
 
 
 def test_a_client_lists_the_tools_and_gets_the_documents_of_the_command_line(short_run: Path, root: Path) -> None:
+    model, progress = str(ASSETS / "tiny-qwen"), list[tuple[float, str | None]]()
+
     async def script(call: Call) -> None:
         state = await call("status", run=str(short_run))
         assert faults(state) == []
@@ -202,6 +247,14 @@ def test_a_client_lists_the_tools_and_gets_the_documents_of_the_command_line(sho
             ("infer", {"prompt": "hi", "max_tokens": 1}, "max_tokens: no such argument; did you mean max_new_tokens?"),
             ("infer", {}, "prompt: must be given"),
             ("infer", {"prompt": 5, "max_new_tokens": "many"}, "prompt: must be a valid string; got 5"),
+            ("infer", {"promt": "hi", "max_new_tokens": "many"}, "did you mean prompt?\n  max_new_tokens: must be"),
+            ("check", {"config": "quickstart", "settings": 1}, "did you mean recipe?\n  settings: must be"),
+            ("sft", {"recipe": "quickstart", "output": "x"}, 'it is for settings: {"output": …}'),
+            ("plan", {"recipe": "quickstart", "data": {}}, 'it is for settings: {"data.train": …}'),
+            ("check", {"recipe": "quickstart", "settings": {"lora.rnk": 4, "seed": "x"}}, "did you mean lora.rank?\n`"),
+            ("plan", {"recipe": "quickstart", "settings": {"lora.rnk": 4, "seed": "x"}}, '\n`settings["seed"]`: must'),
+            ("merge", {"adapter": model, "output": "new"}, "an adapter; give it with `model` of infer, which "),
+            ("infer", {"prompt": "hi", "adapter": model}, "an adapter; give it with `model`, which infer, "),
             ("infer", {"prompt": "hi"}, "give a run folder with `adapter`, or a model with `model`"),
             ("infer", {"prompt": "hi", "adapter": "a", "model": "b"}, "give `adapter` or `model`, not both"),
             ("mege", {}, "there is no tool mege; did you mean merge?"),
@@ -215,7 +268,10 @@ def test_a_client_lists_the_tools_and_gets_the_documents_of_the_command_line(sho
             assert told in error["message"]
             assert "--" not in re.sub(r"--[a-z]+ \(only on the command line\)", "", json.dumps(error))
 
-    assert in_session(short_run.parent, script) == TOOLS
+    assert in_session(short_run.parent, script, progress) == TOOLS
+    numbers, lines = zip(*progress, strict=True)
+    assert lines[-1] == f"loading {model}"[: len(lines[-1])]
+    assert numbers[-1] == 1
 
 
 @pytest.mark.slow

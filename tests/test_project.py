@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +31,32 @@ def test_the_generated_pages_are_what_the_code_says() -> None:
         [sys.executable, ROOT / "scripts" / "docs", "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_installation_ends_with_a_line_that_makes_loratune_a_command(tmp_path: Path) -> None:
+    checkout = tmp_path / "my checkout"
+    (checkout / "scripts").mkdir(parents=True)
+    shutil.copy(ROOT / "scripts" / "install", checkout / "scripts")
+    for name in ("pyproject.toml", "constraints.txt"):
+        (checkout / name).touch()
+    venv = checkout / ".venv"
+    (venv / "bin").mkdir(parents=True)
+    for name in ("python", "loratune"):
+        (venv / "bin" / name).write_text('#!/bin/sh\necho "$0" here\n')
+        (venv / "bin" / name).chmod(0o755)
+    (venv / "bin" / "activate").write_text(f"PATH='{venv / 'bin'}':$PATH\n")
+    plain = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
+    for place in (checkout, tmp_path):
+        install = ["bash", str(checkout / "scripts" / "install")]
+        done = subprocess.run(install, cwd=place, env=plain, capture_output=True, text=True, check=True)
+        line = done.stdout.splitlines()[-1]
+        run = ["bash", "-c", f"{line}\nloratune"]
+        assert subprocess.run(run, cwd=place, capture_output=True, text=True, check=True).stdout.endswith("here\n"), (
+            line
+        )
+    active = {**plain, "VIRTUAL_ENV": str(venv)}
+    done = subprocess.run(install, cwd=checkout, env=active, capture_output=True, text=True, check=True)
+    assert "source" not in done.stdout
 
 
 @pytest.mark.parametrize("name", ["identity", "company_faq"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from pydantic import ValidationError
+from typer.testing import Result
 
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.advice import advise
@@ -104,6 +107,30 @@ def test_five_mistakes_give_one_message_that_names_all_five_with_their_lines(rec
         "  line 9: training.epochs is already given on line 8",
         "  line 10: training.scheduler: expected 'cosine', 'linear' or 'constant'; got 'cosign'",
     ]
+
+
+def test_the_headline_says_whether_the_file_or_the_flags_are_wrong(recipe_file: Any) -> None:
+    given = {"model.base": "tiny-qwen", "data.train": ["a.json"]}
+    config, wrong = recipe_file("model: {base: x, dtyp: y}\ndata: {train: [a.json]}\n"), {"lora.rank": "0"}
+    rank = "--lora.rank: must be greater than or equal to 1; got 0"
+    assert refusal("quickstart", wrong) == refusal(None, given | wrong) == rank
+    assert refusal("quickstart", wrong | {"seed": "x"}).splitlines()[:2] == [
+        "the settings have 2 problems:",
+        f"  {rank}",
+    ]
+    assert refusal(config, wrong).startswith(
+        f"{config}, with the settings that override it, has 2 problems:\n  {rank}\n"
+    )
+    crossed = {"method": "freeze", "lora.rank": "8"}
+    assert refusal(None, given | crossed).startswith("the settings have a problem:\n  ")
+
+
+def test_without_a_recipe_and_what_it_must_hold_a_line_that_trains_is_told(cli: Callable[..., Result]) -> None:
+    error = json.loads(cli("sft", "--json", "--data.train", "a.json").stdout)
+    assert error["message"].startswith("no recipe is given, and the flags alone have a problem:\n  model.base: must be")
+    assert "give a recipe with --config" in error["message"]
+    (command,) = error["commands"]
+    assert cli(*shlex.split(command["line"])[1:], "--show").exit_code == 0
 
 
 @pytest.mark.parametrize(

@@ -368,15 +368,25 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_changed_settings_are_refused_with_what_they_were(
-    sft: Sft, stop: Callable[..., None], tmp_path: Path, flags: list[str], named: str, monkeypatch: pytest.MonkeyPatch
+    cli: Callable[..., Result],
+    sft: Sft,
+    stop: Callable[..., None],
+    tmp_path: Path,
+    flags: list[str],
+    named: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stop(1)
     assert sft("run").exit_code == 143
     monkeypatch.undo()
-    refused = sft("run", *flags, "--resume")
+    refused = sft("run", *flags, "--resume", "--json")
     assert refused.exit_code == 2
     assert named in " ".join(refused.stderr.split())
     assert status(tmp_path / "run")["state"] == "interrupted"
+    (advised,) = json.loads(refused.stdout)["commands"]
+    assert advised["line"] == f"loratune sft --config {tmp_path / 'run' / 'recipe.yaml'} --resume"
+    if flags[0] == "--seed":
+        assert cli(*advised["line"].split()[1:]).exit_code == 0
 
 
 def test_changed_data_is_refused(
@@ -391,6 +401,7 @@ def test_changed_data_is_refused(
     refused = sft("run", "--resume")
     assert refused.exit_code == 2
     assert "rows.json" in refused.stderr
+    assert "recipe.yaml" not in refused.stderr  # the recipe would find the same rows
 
 
 def test_an_allowed_change_of_the_learning_rate_is_honoured(
@@ -472,6 +483,17 @@ def test_two_runs_in_one_folder_exclude_each_other(
     assert refused.exit_code == 2
     assert f"process {other.pid}" in " ".join(refused.stderr.split())
     assert sft("run").exit_code == 0  # the lock of a dead process holds nobody up
+
+
+def test_a_checkpoint_that_there_is_not_is_told_with_the_values_of_the_flag(
+    cli: Callable[..., Result], short_run: Path
+) -> None:
+    for value in ("yes", "3"):
+        refused = cli("sft", "--config", short_run / "recipe.yaml", "--resume", value, "--output", short_run, "--json")
+        assert refused.exit_code == Exit.MODEL
+        (problem,) = json.loads(refused.stdout)["problems"]
+        assert problem["message"].startswith(f"--resume {value}: {short_run} has no such checkpoint; steps that have")
+        assert problem["remedy"] == "give one of them, auto, or --resume alone for the newest"
 
 
 @pytest.mark.parametrize("flags", [["--resume", "--overwrite"], ["--strict-resume"], ["--allow-changes"]], ids=str)

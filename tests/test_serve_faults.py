@@ -114,6 +114,22 @@ def test_a_bad_field_is_named_and_nothing_reaches_the_model(
 
 
 @pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"temprature": 1.0}, "temprature: is not supported; did you mean temperature?"),
+        ({"stream_options": {"include_usages": True}}, "include_usages: is not supported; did you mean include_usage?"),
+        ({"typical_p": 0.5}, "typical_p: is not supported"),
+        ({"model": "bsae"}, "no model is called bsae; did you mean base? there are "),
+    ],
+)
+def test_a_misspelt_name_is_told_with_the_one_that_is_meant(running: Served, fields: dict[str, Any], told: str) -> None:
+    error = running.error(CHAT, chat(**fields))
+    assert told in error["message"]
+    assert ("did you mean" in error["message"]) == ("did you mean" in told)
+    assert error["code"] == ("model_not_found" if "model" in fields else "extra_forbidden")
+
+
+@pytest.mark.parametrize(
     "body",
     [
         b"",

@@ -19,9 +19,15 @@ from loratune.commands import Command
 from loratune.errors import Exit, LoratuneError, Problem, bullet_list
 from loratune.nearest import MISSPELT, nearest
 from loratune.plain_files import is_file, is_folder
+from loratune.printable import shortened
 
+LACKING = "the command needs"
+"""Begins the message of a line that lacks flags."""
 CHOICE = re.compile(r"(?:Value error, )?(?P<told>'(?P<given>.*)' is not one of (?P<known>'.*'))\.")
 """Typer's message of a value that is none of an option's choices."""
+
+SWITCHED = {"true", "false", "yes", "no", "on", "off", "0", "1"}
+"""Values that other tools' switches take, and flags here do not."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ KINDS = (
     _Kind("a model is given as", lambda word: is_file(Path(word) / "config.json"), ("--model",)),
     _Kind("an adapter is given as", is_folder, ("--adapter",)),
 )
+PROMPT = _Kind("a prompt is given as", lambda word: "/" not in word or " " in word, ("--prompt",))
+"""What words of no other kind may be; without quotes, a shell makes several of one prompt."""
 
 
 def advised_message(error: Any, options: Sequence[Any], words: Sequence[str]) -> str:
@@ -68,9 +76,10 @@ def advised_message(error: Any, options: Sequence[Any], words: Sequence[str]) ->
         near = nearest(match["given"], (name.strip("'") for name in match["known"].split(", ")), MISSPELT)
         return match["told"] + (f"; did you mean {near}?" if near else f". {error.param.help}")
     if "unexpected extra argument" in message:
-        return message + "".join(
-            f"; {kind.told} {shlex.join((flag, word))}" for word, kind, flag in _flags_of(words, options)
-        )
+        switched = [word for word in words if word.lower() in SWITCHED]
+        told = ["; a flag to switch on or off takes no value: --NAME, or --no-NAME"] if switched else []
+        others = _flags_of([word for word in words if word not in switched], options)
+        return "".join([message, *told, *(f"; {kind.told} {shlex.join((flag, word))}" for word, kind, flag in others)])
     return message.replace("Input should be", "it must be")
 
 
@@ -80,11 +89,11 @@ def whole_line(missing: Sequence[Any], free: Sequence[Any], words: Sequence[str]
     Args:
         missing: the options and arguments that it lacks.
         free: the options that it does not give, those that it lacks among them.
-        words: see `advised_message`; they become values of the free options that they are meant for, and the others are
-            left out.
+        words: see `advised_message`; they become values of the free options that they are meant for. The others become
+            those of the missing options if there are as many, and are left out otherwise.
         line: the words of the line but for these.
     """
-    meant = {flag: word for word, _, flag in _flags_of(words, free)}
+    meant, left = _placed(words, free, missing)
     flags, arguments, chosen = list[str](), list[str](), dict[str, str]()
     for one in missing:
         value = str(one.name).upper()
@@ -99,12 +108,25 @@ def whole_line(missing: Sequence[Any], free: Sequence[Any], words: Sequence[str]
     flags += [part for given in meant.items() for part in given]
     end = line.index("--") if "--" in line else len(line)  # what follows is never a flag
     named = {_flag_of(one) or str(one.name).upper(): _about(one) for one in missing}
+    listed = bullet_list([f"{name}: {about}" for name, about in named.items()])
+    apart = f"\nleft out below, since no flag is given for it: {shortened(shlex.join(left))}" if left else ""
     return LoratuneError(
-        f"give also:\n{bullet_list([f'{name}: {about}' for name, about in named.items()])}",
+        f"{LACKING}:\n{listed}{apart}",
         Exit.USAGE,
         [Command("the whole line", (*line[:end], *flags, *line[end:], *arguments), chosen)],
         [Problem(about, key=name, remedy=f"give {name}") for name, about in named.items()],
     )
+
+
+def _placed(words: Sequence[str], free: Sequence[Any], missing: Sequence[Any]) -> tuple[dict[str, str], list[str]]:
+    """Return flag → the word that is meant as its value, and the words that are left."""
+    meant = {flag: word for word, _, flag in _flags_of(words, free)}
+    for one in missing:
+        choices = {*str(one.metavar).split("|")} - {one.metavar}
+        meant |= {_flag_of(one): word for word in words if word in choices}
+    left = [word for word in words if word not in meant.values()]
+    lacking = [flag for one in missing if (flag := _flag_of(one)) not in meant]
+    return (meant | dict(zip(lacking, left, strict=True)), []) if len(left) == len(lacking) else (meant, left)
 
 
 def _about(option: Any) -> str:
@@ -151,3 +173,6 @@ def _flags_of(words: Sequence[str], options: Sequence[Any]) -> Iterator[tuple[st
         if kind and flag:
             known.remove(flag)
             yield word, kind, flag
+    others = [word for word in words if PROMPT.fits(word) and not any(kind.fits(word) for kind in KINDS)]
+    if others and known & {*PROMPT.flags}:
+        yield " ".join(others), PROMPT, PROMPT.flags[0]

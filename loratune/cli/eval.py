@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
+from loratune.cli.advice import LACKING
 from loratune.cli.documents import Document
 from loratune.cli.flags import ADAPTER_HELP, Force, Json, MovedBase, adapter_folder
 from loratune.cli.sampling import sampling_options
@@ -180,7 +181,7 @@ def _require_extra() -> None:
 def _check(given: Flags, of_rows: Flags, of_tasks: Flags, tests: str | None, names: Sequence[str]) -> None:
     """Refuse missing flags, and those that have no effect without another one."""
     if missing := [name for name, value in given.items() if value is None or not str(value).strip()]:
-        raise LoratuneError(f"give also:\n{bullet_list([f'{name}: {MEANT[name]}' for name in missing])}", Exit.USAGE)
+        raise LoratuneError(f"{LACKING}:\n{bullet_list([f'{name}: {MEANT[name]}' for name in missing])}", Exit.USAGE)
     if (of_rows["--judge"] is None) != (of_rows["--judge-model"] is None):
         raise LoratuneError("--judge and --judge-model go together; give both", Exit.USAGE)
     for flag, value, others in (("--tests", tests, of_rows), ("--tasks", names, of_tasks)):

@@ -49,7 +49,7 @@ class Bounds:
             raise LoratuneError(f"{path!r} is no path; leave out the character NUL", Exit.USAGE)
         found = Path(os.path.realpath(self.root / _expanded(path)))
         if not any(found.is_relative_to(folder) for folder in folders):
-            read = ", or start the server with --read for it" if len(folders) > 1 else ""
+            read = ", or have the server started with --read for its folder" if len(folders) > 1 else ""
             raise LoratuneError(f"{path} is outside of {self.root}; give a path below it{read}", Exit.USAGE)
         return found
 

@@ -8,22 +8,24 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loratune.commands import flag_values, setting_flags
-from loratune.errors import Exit, LoratuneError, Problem, bullet_list
-from loratune.recipe.sections import iterate_settings
-from loratune.recipe.suggestions import suggestion
+from loratune.errors import Exit, LoratuneError
+from loratune.mcp_server.arguments import refused_settings, setting_problems
 from loratune.runtime import program
 
 Document = dict[str, Any]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 LOG_TAIL = 2000
 """Characters of a log that are told of a process that has printed no document."""
+TELL: ContextVar[Callable[[str], Awaitable[None]] | None] = ContextVar("tell", default=None)
+"""Tells the client of the present call a line of its command's messages."""
 
 
 @dataclass
@@ -53,7 +55,10 @@ class Calls:
                 env=self._environment(),
             )
         try:
-            output, log = await process.communicate()
+            assert process.stdout
+            assert process.stderr
+            output, log = await asyncio.gather(process.stdout.read(), _told(process.stderr))
+            await process.wait()
         except asyncio.CancelledError:
             process.send_signal(signal.SIGTERM)
             raise
@@ -87,6 +92,19 @@ class Calls:
 
     def _environment(self) -> dict[str, str]:
         return {**os.environ, **OFFLINE}
+
+
+async def _told(messages: asyncio.StreamReader) -> bytes:
+    """Return all messages of a command; each line is told as soon as it is there, up to an error, which is a result."""
+    tell, log, line = TELL.get(), bytearray(), b""
+    while part := await messages.read(2**16):
+        log += part
+        *lines, line = (line + part).split(b"\n")
+        for text in (one.decode(errors="replace").strip() for one in lines):
+            tell = None if text.startswith("error: ") else tell
+            if tell and text:
+                await tell(text)
+    return bytes(log)
 
 
 @contextmanager
@@ -135,16 +153,8 @@ def setting_words(settings: Mapping[str, Any]) -> list[str]:
     """Return the words of recipe settings, by dotted name.
 
     Raises:
-        LoratuneError: a name is that of no setting, so that no other flag can be given in this way.
+        LoratuneError: a name is that of no setting.
     """
-    known = dict(iterate_settings())
-    unknown = [one for one in settings if one not in known]
-    if unknown:
-        problems = [Problem(f"no such setting{suggestion(one, known)}", key=one) for one in unknown]
-        listed = bullet_list([f"{one.key}: {one.message}" for one in problems])
-        raise LoratuneError(
-            f"settings:\n{listed}\n`loratune schema recipe` lists the settings, such as training.max_steps",
-            Exit.USAGE,
-            problems=problems,
-        )
+    if problems := setting_problems(settings):
+        raise refused_settings(problems)
     return flags(setting_flags(settings))

@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import traceback
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from loratune import __version__
-from loratune.errors import Exit, LoratuneError, Problem, bullet_list
+from loratune.errors import Exit, LoratuneError
 from loratune.extras import required
+from loratune.mcp_server.arguments import SETTINGS, meant, refused_settings, require_arguments, setting_problems
 from loratune.mcp_server.bounds import Bounds
-from loratune.mcp_server.calls import Calls, Document, flags, setting_words
+from loratune.mcp_server.calls import TELL, Calls, Document, flags, setting_words
 from loratune.mcp_server.training import start_training
 from loratune.mcp_server.wording import in_arguments
-from loratune.nearest import nearest
-from loratune.recipe.problems import message_of
 
 with required("loratune mcp", "mcp", package="mcp"):
     from mcp.server import MCPServer
-    from mcp.server.mcpserver.exceptions import ToolError
+    from mcp.server.mcpserver.tools import Tool as MadeTool
     from mcp.types import CallToolResult, TextContent, ToolAnnotations
-    from mcp.types import Tool as MCPTool
+    from mcp.types import Tool as ListedTool
 
 INSTRUCTIONS = """\
 Fine-tunes language models with LoRA. Usual order: check the recipe and its rows; sft starts the training and returns
 once it runs; status until its state is finished; eval or infer; merge. Results are the JSON documents of the command
-line; `loratune schema NAME` prints their schemas. Paths are relative to the server's folder. Nothing is replaced.
+line; `loratune schema NAME` prints their schemas. Paths are relative to {root}, and results are written below it alone.
+Inputs are read from there, and from {readable}. Nothing is replaced.
 """
 READS = ToolAnnotations(read_only_hint=True, open_world_hint=False)
 WRITES = ToolAnnotations(read_only_hint=False, destructive_hint=False, open_world_hint=False)
@@ -153,80 +154,62 @@ class Tools:
 
     async def _recipe_words(self, recipe: str, settings: dict[str, Any] | None) -> tuple[list[str], Document]:
         """Return the flags of a recipe, and the document of the resolved one, or of what is wrong with it."""
-        words = [*flags({"--config": self.bounds.recipe(recipe)}), *setting_words(settings or {})]
+        given = settings or {}
+        usable = {name: value for name, value in given.items() if name in SETTINGS}
+        words = [*flags({"--config": self.bounds.recipe(recipe)}), *setting_words(usable)]
         shown = await self.calls.run("sft", *words, "--show")
+        if wrong := setting_problems(given):
+            raise refused_settings(wrong, None if "recipe" in shown else shown)
         if "recipe" in shown:
             self.bounds.require_recipe(shown["recipe"])
         return words, shown
 
 
 class StrictServer(MCPServer[Any]):
-    """Answers every mistake of a call with the document of an error.
+    """Answers every mistake of a call with the document of an error, and tells of the progress of calls.
 
     The SDK leaves out arguments that a tool does not have, and tells of others in pydantic's words.
 
     Args:
         failed: makes the document of an error.
+        tools: the tools.
     """
 
-    def __init__(self, failed: Failed, **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(self, failed: Failed, tools: Sequence[MadeTool], **settings: Any) -> None:
+        super().__init__(tools=[*tools], **settings)
         self._failed = failed
+        self._made = {tool.name: tool for tool in tools}
 
-    async def list_tools(self) -> list[MCPTool]:
+    async def list_tools(self) -> list[ListedTool]:
         """Return the tools, whose schemas say that there are no other arguments."""
-        tools: list[MCPTool] = await super().list_tools()
+        tools: list[ListedTool] = await super().list_tools()
         for tool in tools:
             tool.input_schema = {**tool.input_schema, "additionalProperties": False}
         return tools
 
     async def call_tool(self, name: str, arguments: dict[str, Any], context: Any = None) -> Any:
         """Run a tool, or return the document of what is wrong with its arguments."""
-        schemas: dict[str, dict[str, Any]] = {tool.name: tool.input_schema for tool in await self.list_tools()}
         try:
-            if name not in schemas:
-                raise LoratuneError(f"there is no tool {name}; {_meant(name, schemas)}", Exit.USAGE)
-            _require_arguments(name, _name_problems(schemas[name], arguments))
-            try:
-                result = await super().call_tool(name, arguments, context)
-            except ToolError as error:
-                if not isinstance(error.__cause__, ValidationError):
-                    raise
-                _require_arguments(name, _value_problems(error.__cause__))
+            if name not in self._made:
+                raise LoratuneError(f"there is no tool {name}; {meant(name, self._made)}", Exit.USAGE)
+            require_arguments(self._made[name], arguments)
         except LoratuneError as error:
             return _result(self._failed(error))
+        TELL.set(_teller(context) if context else None)
+        result = await super().call_tool(name, arguments, context)
         is_told = result.is_error and result.structured_content
-        own = schemas[name].get("properties", {})
-        return _result(in_arguments(result.structured_content, own)) if is_told else result
+        own = {tool: made.parameters.get("properties", {}) for tool, made in self._made.items()}
+        return _result(in_arguments(result.structured_content, name, own)) if is_told else result
 
 
-def _require_arguments(tool: str, problems: list[Problem]) -> None:
-    """Raise if there are problems with the arguments of a call."""
-    if problems:
-        listed = bullet_list([f"{one.key}: {one.message}" for one in problems])
-        raise LoratuneError(f"the arguments of {tool} are not usable:\n{listed}", Exit.USAGE, problems=problems)
+def _teller(context: Any) -> Callable[[str], Awaitable[None]]:
+    """Return what tells the client a line as the progress of its call, which is a number that only grows."""
+    numbers = itertools.count(1)
 
+    async def tell(line: str) -> None:
+        await context.report_progress(next(numbers), message=line)
 
-def _name_problems(schema: dict[str, Any], arguments: dict[str, Any]) -> list[Problem]:
-    """Return what is wrong with the names of a tool's arguments."""
-    known = schema.get("properties", {})
-    missing = [Problem("must be given", key=one) for one in schema.get("required", ()) if one not in arguments]
-    others = (one for one in arguments if one not in known)
-    return missing + [Problem(f"no such argument; {_meant(one, known)}", key=one) for one in others]
-
-
-def _value_problems(error: ValidationError) -> list[Problem]:
-    """Return what is wrong with the values of a tool's arguments."""
-    found: dict[str, str] = {}
-    for detail in error.errors(include_url=False):
-        name = str(detail["loc"][0])
-        found.setdefault(name, message_of(detail, name))
-    return [Problem(message, key=name) for name, message in found.items()]
-
-
-def _meant(name: str, known: Iterable[str]) -> str:
-    near = nearest(name, known)
-    return f"did you mean {near}?" if near else f"there are {', '.join(known)}"
+    return tell
 
 
 def make_server(bounds: Bounds, failed: Failed, started: Started) -> MCPServer[Any]:
@@ -238,14 +221,13 @@ def make_server(bounds: Bounds, failed: Failed, started: Started) -> MCPServer[A
         started: makes the document of a training that was started.
     """
     tools = Tools(bounds, Calls(bounds.root), started)
-    server = StrictServer(failed, name="loratune", version=__version__, instructions=INSTRUCTIONS, log_level="WARNING")
     offered: list[tuple[Tool, ToolAnnotations]] = [
         *((tool, READS) for tool in (tools.check, tools.plan, tools.status, tools.infer)),
         *((tool, WRITES) for tool in (tools.sft, tools.eval, tools.merge)),
     ]
-    for tool, about in offered:
-        server.tool(annotations=about)(_answered(tool, failed))
-    return server
+    made = [MadeTool.from_function(_answered(tool, failed), annotations=about) for tool, about in offered]
+    told = INSTRUCTIONS.format(root=bounds.root, readable=", ".join(map(str, bounds.readable)))
+    return StrictServer(failed, made, name="loratune", version=__version__, instructions=told, log_level="WARNING")
 
 
 def serve(bounds: Bounds, failed: Failed, started: Started) -> None:

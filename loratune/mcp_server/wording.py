@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from loratune.recipe.sections import settings_with_dropped
@@ -16,21 +16,26 @@ FLAG = r"(?<![\w-])--(?P<no>no-)?(?P<name>[a-z]\w*(?:[-.]\w+)*)"
 COMMAND_OR_FLAG = re.compile(f"{COMMAND}|{GIVEN}|{FLAG}")
 RENAMED = {"config": "recipe"}
 """Flag → the argument that takes its value, where the names differ."""
+OF_THE_SERVER = {"root", "read"}
+"""Flags with which it is started."""
 APART = "only on the command line"
 
 
-def in_arguments(error: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+def in_arguments(error: Mapping[str, Any], tool: str, tools: Mapping[str, Collection[str]]) -> dict[str, Any]:
     """Return the document of an error, with a tool's arguments in place of the flags that they stand for.
 
-    A flag that the tool does not have stays, and is said to be one of the command line alone.
+    A flag that the tool does not have is told as an argument of another one. If no tool has it, it stays, and is said
+    to be one of the command line alone.
 
     Args:
         error: see `Failure`.
-        arguments: name → schema of the tool's arguments.
+        tool: whose error it is.
+        tools: name → the names of its arguments.
     """
+    arguments = tools[tool]
 
     def worded(text: str | None) -> str | None:
-        return None if text is None else COMMAND_OR_FLAG.sub(lambda match: _replaced(match, arguments), text)
+        return None if text is None else COMMAND_OR_FLAG.sub(lambda match: _replaced(match, arguments, tools), text)
 
     problems = [
         one | {"message": worded(one["message"]), "remedy": worded(one["remedy"]), "key": _key(one["key"], arguments)}
@@ -39,21 +44,23 @@ def in_arguments(error: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict
     return {**error, "message": worded(error["message"]), "problems": problems}
 
 
-def _replaced(match: re.Match[str], arguments: Mapping[str, Any]) -> str:
+def _replaced(match: re.Match[str], arguments: Collection[str], tools: Mapping[str, Collection[str]]) -> str:
     flag = match["name"]
-    if flag is None:
+    if flag is None or flag in OF_THE_SERVER:
         return match[0]
     argument = _argument(flag)
     if argument in arguments:
         shown = argument
     elif "settings" in arguments and flag in settings_with_dropped():
         shown = f'settings["{flag}"]'
+    elif others := [name for name, own in tools.items() if argument in own]:
+        return f"`{argument}` of {' and '.join(others)}"
     else:
         return f"{match[0]} ({APART})"
     return f"`{shown}`{': false' if match['no'] else ''}"
 
 
-def _key(key: str | None, arguments: Mapping[str, Any]) -> str | None:
+def _key(key: str | None, arguments: Collection[str]) -> str | None:
     flag = (key or "").removeprefix("--")
     return _argument(flag) if _argument(flag) in arguments else flag or None
 

@@ -13,7 +13,7 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 
 from loratune.caches import cache_folder
-from loratune.errors import Exit, LoratuneError, bullet_list, named_reason_of
+from loratune.errors import Exit, LoratuneError, bullet_list, hub_reason_of
 from loratune.extras import required
 from loratune.model.architecture.families import FAMILIES, is_native
 from loratune.model.architecture.structure import text_values
@@ -259,7 +259,7 @@ def _download(settings: ModelSettings, patterns: list[str]) -> Path:
     except Exception as error:  # each hub client and HTTP library has its own exceptions
         other = "" if settings.hub == "modelscope" else " (or model.hub: modelscope, or HF_ENDPOINT with a mirror)"
         raise LoratuneError(
-            f"{place}, and loading it from {settings.hub} failed: {named_reason_of(error)}\n"
+            f"{place}, and loading it from {settings.hub} failed: {hub_reason_of(error)}\n"
             f"check the name and the network{other}, or download the model elsewhere and give its folder in "
             "place of the hub id: as model.base of a recipe, or as the base model of an adapter",
             Exit.MODEL,

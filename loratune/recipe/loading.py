@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from loratune import console
-from loratune.errors import Exit, LoratuneError, Problem, bullet_list
+from loratune.errors import Exit, LoratuneError, Problem
 from loratune.nearest import nearest
 from loratune.plain_files import is_file, nearest_beside, open_plain
 from loratune.recipe.flag_values import parse_flag
 from loratune.recipe.method_sections import METHOD, METHOD_SECTIONS
 from loratune.recipe.names import drop_keys, rename_keys, renamed_flags
-from loratune.recipe.problems import described_problems, is_flag, with_place
+from loratune.recipe.problems import described_problems, refused_recipe, with_place
 from loratune.recipe.row_places import drop_examples, with_found_rows
 from loratune.recipe.sections import Recipe, settings_with_dropped
 from loratune.recipe.sweep_section import SWEEP, SweepSettings
@@ -180,13 +179,7 @@ def _validated(document: Document, path: Path | None, flags: dict[str, Any], is_
             described = described_problems(error.errors(), document.lines, used_flags)
             problems += [problem for problem in described if problem.line not in known_lines]
     if problems or recipe is None:
-        source = str(path) if path else "flags alone, without --config"
-        count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
-        problems.sort(key=lambda problem: problem.line or 0)
-        listed = bullet_list([with_place(problem) for problem in problems], limit=40)
-        file = str(path) if path else None
-        placed = [problem if is_flag(problem) else replace(problem, file=file) for problem in problems]
-        raise LoratuneError(f"{source}: the recipe has {count}:\n{listed}", Exit.USAGE, problems=placed)
+        raise refused_recipe(problems, path, flags)
     return recipe
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
 from pydantic_core import ErrorDetails
 
-from loratune.errors import Problem
+from loratune.commands import loratune
+from loratune.errors import Exit, LoratuneError, Problem, bullet_list, counted
 from loratune.printable import shortened
 from loratune.recipe.sections import Recipe, iterate_settings
 from loratune.recipe.suggestions import suggestion
@@ -12,6 +17,10 @@ from loratune.recipe.sweep_section import SWEEP
 
 FORMS = ("text", "settings")
 """Tags of the two forms of a data.train entry, which pydantic adds to an error's location."""
+
+NEEDED = {dotted for dotted, field in iterate_settings() if field.is_required()}
+"""Settings without a default."""
+RECIPE_OR_FLAGS = "give a recipe with --config: a file, or the name of a shipped one; or give what is missing as flags"
 
 
 def described_problems(details: list[ErrorDetails], lines: dict[str, int], flags: set[str]) -> list[Problem]:
@@ -29,7 +38,33 @@ def with_place(problem: Problem) -> str:
     return ": ".join([*filter(None, places), problem.message])
 
 
-def is_flag(problem: Problem) -> bool:
+def refused_recipe(problems: list[Problem], path: Path | None, flags: Iterable[str]) -> LoratuneError:
+    """Return the error of a recipe, whose headline says where its problems are.
+
+    Args:
+        problems: at least one.
+        path: the recipe's file; None where there are flags alone.
+        flags: dotted settings that are given as flags.
+    """
+    ordered = sorted(problems, key=lambda problem: problem.line or 0)
+    count = counted(len(ordered), "problem") if len(ordered) > 1 else "a problem"
+    listed = bullet_list([with_place(problem) for problem in ordered], limit=40)
+    of_flags = [problem for problem in ordered if _is_flag(problem)]
+    if path is None and not {*flags} >= NEEDED:
+        message = f"no recipe is given, and the flags alone have {count}:\n{listed}\n{RECIPE_OR_FLAGS}"
+        commands = [loratune("a first training, with the practice model", "sft", {"--config": "quickstart"})]
+        return LoratuneError(message, Exit.USAGE, commands, ordered)
+    if path is None or len(of_flags) == len(ordered):
+        is_placed = len(ordered) == len(of_flags) == 1
+        message = listed.strip() if is_placed else f"the settings have {count}:\n{listed}"
+    else:
+        head = f"{path}, with the settings that override it, has" if of_flags else f"{path}: the recipe has"
+        message = f"{head} {count}:\n{listed}"
+    placed = [one if path is None or _is_flag(one) else replace(one, file=str(path)) for one in ordered]
+    return LoratuneError(message, Exit.USAGE, problems=placed)
+
+
+def _is_flag(problem: Problem) -> bool:
     """Return whether a problem is one of the command line, not of the recipe's file."""
     return problem.key is not None and problem.key.startswith("--")
 

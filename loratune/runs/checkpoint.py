@@ -15,6 +15,7 @@ from typing import Any
 
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.plain_files import read_json_object
+from loratune.printable import shortened
 from loratune.runs.file_hashes import are_records, compare_files
 from loratune.runs.folder import CHECKPOINTS, sealed, values_sha256
 from loratune.writing import write_json
@@ -141,5 +142,9 @@ def named_checkpoint(run: Path, name: str) -> Checkpoint:
     folder = step_folder(checkpoints, int(name)) if name.isdecimal() else checkpoints / Path(name).name
     if not folder.is_dir():
         there = ", ".join(str(step) for step in checkpoint_steps(checkpoints)) or "none"
-        raise LoratuneError(f"{run} has no checkpoint {name}; steps that have one: {there}", Exit.MODEL)
+        raise LoratuneError(
+            f"--resume {shortened(name)}: {run} has no such checkpoint; steps that have one: {there}; give one of "
+            "them, auto, or --resume alone for the newest",
+            Exit.MODEL,
+        )
     return open_checkpoint(folder)

@@ -135,7 +135,8 @@ def open_adapter(path: Path, force: bool = False) -> AdapterSource:
         return AdapterSource(path, None, None, None, notes=tuple(require_intact(path, force)))
     if is_file(path / "config.json"):
         raise LoratuneError(
-            f"{path}: a whole model, not an adapter; infer, serve and export take it with --model", Exit.MODEL
+            f"{path}: a whole model, not an adapter; give it with --model, which infer, serve and export take",
+            Exit.MODEL,
         )
     raise LoratuneError(f"{path}: neither a run folder nor an adapter (no {ADAPTER_CONFIG} in it)", Exit.MODEL)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from loratune.data.reading.rows import Row
 from loratune.data.sources import HubName
-from loratune.errors import Exit, LoratuneError, named_reason_of
+from loratune.errors import Exit, LoratuneError, hub_reason_of
 from loratune.extras import required
 
 BATCH_ROWS = 256
@@ -57,7 +57,7 @@ def open_hub(name: str, parts: HubName) -> HubRows:
     except Exception as error:  # each hub client and its HTTP library raise their own kinds
         hub = {"hf": "the Hugging Face hub", "ms": "ModelScope"}[parts.hub]
         raise LoratuneError(
-            f"{name}: loading from {hub} failed: {named_reason_of(error)}\n"
+            f"{name}: loading from {hub} failed: {hub_reason_of(error)}\n"
             "check the name, the split and the network, or download its file and give that",
             Exit.DATA,
         ) from error

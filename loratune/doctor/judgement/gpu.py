@@ -115,7 +115,7 @@ def _processor(torch: TorchFacts, recipe: RecipeFacts | None) -> Finding:
     cores = counted(torch.cores, "core")
     if torch.threads < torch.cores:
         text = f"torch uses {torch.threads} of {cores}, as OMP_NUM_THREADS says"
-        return slower("CPU", text, shell("use all of them", "unset OMP_NUM_THREADS"))
+        return slower("CPU", text, shell("use all of them, unless other programs do", "unset OMP_NUM_THREADS"))
     if torch.cpu_has_bfloat16:
         return fine("CPU", f"{cores} computing in bfloat16")
     if recipe and recipe.asks_for_bfloat16:

@@ -9,7 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import get_session
 
 from loratune.doctor.facts import HubFacts, Token
-from loratune.errors import named_reason_of
+from loratune.errors import hub_reason_of
 from loratune.model.files import BESIDE_A_BASE, HUB_FILES
 
 SECONDS = 15
@@ -29,7 +29,7 @@ def hub_facts(base: str | None, revision: str | None) -> HubFacts:
     try:
         get_session().head(endpoint, timeout=SECONDS)
     except Exception as error:  # each HTTP library has its own exceptions
-        return HubFacts(endpoint, False, named_reason_of(error), "not tried", None, "")
+        return HubFacts(endpoint, False, hub_reason_of(error), "not tried", None, "")
     base_bytes, base_reason = _ask_for(base, revision) if base else (None, "")
     return HubFacts(endpoint, False, "", _token(), base_bytes, base_reason)
 
@@ -53,7 +53,7 @@ def _ask_for(base: str, revision: str | None) -> tuple[int | None, str]:
         api.auth_check(base)  # a gated model is described to everyone, and downloaded by those with access
         files = api.model_info(base, revision=revision, files_metadata=True, timeout=SECONDS).siblings or []
     except Exception as error:
-        return None, named_reason_of(error)
+        return None, hub_reason_of(error)
     wanted = [file for file in files if _matches(file.rfilename, HUB_FILES)]
     return sum(file.size or 0 for file in wanted if not _matches(file.rfilename, BESIDE_A_BASE)), ""
 

@@ -109,7 +109,8 @@ class TasksResult:
 
 
 def write_tasks(output: Path, result: TasksResult) -> None:
-    """Write the results into an output folder."""
+    """Write the results into an output folder, which is created if need be."""
+    output.mkdir(parents=True, exist_ok=True)
     write_json(output / TASKS_RESULT, result.values())
 
 

@@ -62,8 +62,11 @@ def find_tasks(request: TasksRequest) -> dict[str, Any]:
         import lm_eval  # noqa: F401
     loaded = load_tasks(request.tasks, request.folder)
     with disk_errors_explained(request.output):
+        is_new = not request.output.exists()
         request.output.mkdir(parents=True, exist_ok=True)
         try_to_write(request.output)
+        if is_new:  # `runs list` would have nothing to say of an empty folder until there are scores
+            request.output.rmdir()
     return loaded
 
 

@@ -18,12 +18,13 @@ from loratune.generation.server.offered import OfferedAdapters
 from loratune.generation.server.request_queue import Leasing, Queue, Reply
 from loratune.generation.server.schemas import ChatRequest, CompletionRequest
 from loratune.generation.server.serializers import ChatForm, Serializer, TextForm, event
+from loratune.nearest import nearest
 
 QUIET_SECONDS = 10.0
 """A stream without text for this long gets a comment, so that proxies do not close it."""
 
-MOST_SHOWN = 20
-"""Names of models in a message."""
+MOST_SHOWN, MOST_COMPARED = 20, 1000
+"""Names of models in a message, and those that an unknown name is compared with."""
 
 
 class Endpoints:
@@ -89,7 +90,9 @@ class Endpoints:
         engine = self.queue.engine
         known = [engine.base_name, *engine.adapters, *(await self.offered.all() if self.offered else ())]
         more = f" and {len(known) - MOST_SHOWN:,} more" if len(known) > MOST_SHOWN else ""
-        message = f"no model is called {model}; there are {', '.join(known[:MOST_SHOWN])}{more}"
+        near = nearest(model, known[:MOST_COMPARED])
+        meant = f"did you mean {near}? " if near else ""
+        message = f"no model is called {model}; {meant}there are {', '.join(known[:MOST_SHOWN])}{more}"
         return ApiError(404, message, "model_not_found", "model")
 
     def _question(self, body: ChatRequest | CompletionRequest) -> GenerationRequest:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -18,7 +18,9 @@ TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_e
 """Status → type; other 4xx are invalid_request_error, 5xx are server_error."""
 TAG = "~"
 """First character of union tags, which are removed from the location of an error."""
-WORDS = {"extra_forbidden": "is not supported", "missing": "is missing", "json_invalid": "is not valid JSON"}
+UNKNOWN: Final = "extra_forbidden"
+"""Kind of the error of a field that requests do not have; with `meant` in its context where another one is like it."""
+WORDS = {UNKNOWN: "is not supported", "missing": "is missing", "json_invalid": "is not valid JSON"}
 
 
 class ApiError(Exception):
@@ -117,5 +119,7 @@ def _from_validation(error: RequestValidationError) -> ApiError:
     param = ".".join(str(part) for part in place if not str(part).startswith(TAG))
     text = WORDS.get(kind) or problem["msg"].removeprefix("Value error, ")
     if problem.get("ctx", {}).get("max_length") == 0:  # a field that is only accepted while empty
-        text = WORDS["extra_forbidden"]
+        text = WORDS[UNKNOWN]
+    if near := problem.get("ctx", {}).get("meant"):
+        text += f"; did you mean {near}?"
     return ApiError(400, f"{param}: {text[0].lower()}{text[1:]}", kind, param)

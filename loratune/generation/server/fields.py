@@ -12,15 +12,21 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    ValidationError,
     WithJsonSchema,
     model_validator,
 )
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from loratune.engine.sampling import MaxNewTokens
-from loratune.generation.server.failures import TAG
+from loratune.generation.server.failures import TAG, UNKNOWN
+from loratune.nearest import MISSPELT, nearest
 
 LONGEST_TEXT = 4 * 2**20
 """Characters of one text; the limit of the whole body is usually lower."""
+
+LONGEST_NAME = 64
+"""Characters of an unknown field that are compared with known ones."""
 
 
 def _whole(value: Any) -> Any:
@@ -69,12 +75,18 @@ class Fields(BaseModel):
         if not isinstance(value, dict):
             return value
         # 0 == False, but 0 may have an effect.
-        return {
+        asked = {
             key: inner
             for key, inner in value.items()
             if key in cls.model_fields
             or not any(inner is one or (one is not False and inner == one) for one in NOTHING)
         }
+        unknown = next((key for key in asked if key not in cls.model_fields), "")
+        if near := nearest(unknown[:LONGEST_NAME], cls.model_fields, MISSPELT):
+            error = PydanticCustomError(UNKNOWN, "is not supported", {"meant": near})
+            problem = InitErrorDetails(type=error, loc=(unknown,), input=asked[unknown])
+            raise ValidationError.from_exception_data(cls.__name__, [problem])
+        return asked
 
 
 class TextPart(Fields):

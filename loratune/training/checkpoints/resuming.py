@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from loratune import console
+from loratune.commands import Command
 from loratune.errors import Exit, LoratuneError, counted
 from loratune.model.hardware import Hardware
 from loratune.recipe.effects import OF_SEVERAL_PROCESSES, TOLD_OR_KEPT, is_among
@@ -14,9 +15,10 @@ from loratune.recipe.names import ACCUMULATION, BATCH_SIZE, EARLIER_DEFAULTS, wi
 from loratune.recipe.sections import Recipe, default_settings, flat_settings
 from loratune.runs.checkpoint import Checkpoint, named_checkpoint, newest_checkpoint
 from loratune.runs.fingerprint import FULL
-from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, STATUS
+from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, RECIPE, STATUS
 from loratune.runs.manifest import Manifest, read_manifest
 from loratune.runs.output import check_links
+from loratune.runs.state import next_command
 from loratune.runs.status import read_status
 from loratune.training.checkpoints.states import check_states
 
@@ -223,14 +225,22 @@ def check_identity(checkpoint: Checkpoint, identity: dict[str, Any], allow_chang
     if not changed:
         return
     if not allow_changes:
+        is_restored = any(name in identity["settings"] for name, *_ in changed)
         raise LoratuneError(
             f"{checkpoint.folder} was made with different settings:\n{_lines(changed)}\nrestore them, start over with "
             "--overwrite, or continue with --allow-changes, which gives an adapter that neither would give alone",
             Exit.USAGE,
+            _with_own_settings(checkpoint.folder.parent.parent) if is_restored else (),
         )
     console.warn(
         f"different settings from step {checkpoint.step} on; neither alone gives this adapter:\n{_lines(changed)}"
     )
+
+
+def _with_own_settings(run: Path) -> list[Command]:
+    """Return the command that resumes a run with the recipe in its folder."""
+    found = next_command(run, "interrupted") if (run / RECIPE).is_file() else None
+    return [replace(found, purpose="go on with the settings that it began with")] if found else []
 
 
 def changed_passes(start: Checkpoint, attention: str, is_packed: bool, quantization: str) -> list[str]:
