@@ -16,9 +16,9 @@ from loratune.recipe.sections import Recipe, default_settings, flat_settings
 from loratune.runs.checkpoint import Checkpoint, named_checkpoint, newest_checkpoint
 from loratune.runs.fingerprint import FULL
 from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, RECIPE, STATUS
+from loratune.runs.going_on import next_command
 from loratune.runs.manifest import Manifest, read_manifest
 from loratune.runs.output import check_links
-from loratune.runs.state import next_command
 from loratune.runs.status import read_status
 from loratune.training.checkpoints.states import check_states
 
