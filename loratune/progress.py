@@ -138,6 +138,7 @@ class StepProgress:
         self.total_steps = total_steps
         self._lines_every = max(1, total_steps // 20)
         self._last_line = self._last_validation = 0
+        self._has_room = False
         columns = (SpinnerColumn(), TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=None))
         self._progress = Progress(*columns, *_times(), console=console.stderr, expand=True)
         self._task = self._progress.add_task("training", total=total_steps)
@@ -149,7 +150,7 @@ class StepProgress:
             self._live.start()
 
     def update(self, step: int, figures: str, validation: str = "", validated: int = 0) -> None:
-        """Show a step; lines tell a validation once.
+        """Show a step; a validation gets a line of its own, at most one behind the line of a step.
 
         Args:
             step: its number.
@@ -159,11 +160,15 @@ class StepProgress:
         """
         self._progress.update(self._task, completed=step)
         self._figures.plain = f"  {figures}  {validation}"
+        if console.stderr.is_terminal:
+            return
         is_due = step % self._lines_every == 0 or step in (1, self.total_steps)
-        if not console.stderr.is_terminal and is_due and step > self._last_line:
-            told = [figures, validation] if validated > self._last_validation else [figures]
-            self._last_line, self._last_validation = step, validated
-            say("  ".join([f"step {step}/{self.total_steps}", *told]), wraps=False)
+        if is_due and step > self._last_line:
+            self._last_line, self._has_room = step, True
+            say(f"step {step}/{self.total_steps}  {figures}")
+        if validated > self._last_validation and self._has_room:
+            self._last_validation, self._has_room = validated, False
+            say(f"step {validated}/{self.total_steps}  {validation}")
 
     def stop(self) -> None:
         """Stop updating the bar, and leave it on the screen."""

@@ -162,3 +162,18 @@ def test_a_command_is_broken_between_flags_only_where_it_does_not_fit() -> None:
 def test_words_are_kept_whole_where_a_text_is_broken() -> None:
     text = "小李 reads " + "a-very-long-name-of-a-file " * 2
     assert console.wrapped(text, 12) == ["小李 reads", "a-very-long-name-of-a-file", "a-very-long-name-of-a-file"]
+
+
+def test_lines_of_a_training_tell_at_most_one_validation_between_two_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = progress.StepProgress(40)  # a line for every second step
+    for step in range(1, 41):
+        validated = step // 5 * 5 if step < 20 else step
+        shown.update(step, "loss 1.0")
+        shown.update(step, "loss 1.0", f"val {validated}", validated)
+    lines = capsys.readouterr().err.splitlines()
+    told = [int(line.rpartition(" ")[2]) for line in lines if " val " in line]
+    assert [line for line in lines if " val " in line] == [f"step {step}/40  val {step}" for step in told]
+    assert told[:4] == [5, 10, 15, 20]
+    assert told[-1] == 40
+    assert len(told) <= 20
+    assert sum("loss" in line for line in lines) == 21

@@ -77,7 +77,7 @@ def _head(one: Evaluation) -> str:
         f'<p class="dim">tuned: {_text(one.tuned)}; baseline: {_text(one.baseline)}; base model: {_text(one.base)}; '
         f"{_text(one.tests)}, {counted(one.rows, 'row')}</p>"
         f'<div class="verdict {one.verdict.split()[0]}"><strong>{TITLES[one.verdict]}</strong><br>'
-        f"{'<br>'.join([f'{_text(one.sentence)} (by {_measure(one)})', *map(_text, _others(one))])}</div>"
+        f"{'<br>'.join(map(_text, (one.sentence, f'decided by {_measure(one)}', *_others(one))))}</div>"
     )
 
 
