@@ -213,7 +213,7 @@ def test_whatever_ends_a_command_is_a_document(
 def test_the_command_that_goes_on_after_a_signal_can_be_pasted_and_is_in_the_document(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    go_on = Command("go on with", ("loratune", "sft", "--config", "a" * 30, "--resume"))
+    go_on = Command("go on with", ("loratune", "sft", "--config", "a" * 40, "--resume"))
 
     def stop(*_: object) -> None:
         raise Interrupted(signal.SIGTERM, "stopped", [go_on])
@@ -223,7 +223,7 @@ def test_the_command_that_goes_on_after_a_signal_can_be_pasted_and_is_in_the_doc
     result = CliRunner().invoke(app, ["runs", "show", "x", "--json"])
     assert (told(result)["message"], told(result)["commands"][0]["line"]) == ("stopped", go_on.line)
     assert result.stderr.splitlines() == [
-        "stopped", f"  go on with: loratune sft --config {'a' * 30} \\", "      --resume",
+        "stopped", "  go on with:", f"    loratune sft --config {'a' * 40} \\", "      --resume",
     ]  # fmt: skip
 
 

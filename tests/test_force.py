@@ -163,7 +163,7 @@ def test_what_is_given_as_something_else_is_told_with_its_own_flag(
     refusal: Refusal, trained: Path, base: Path, plain: Path
 ) -> None:
     for command in ("merge", "infer"):
-        assert "a whole model, not an adapter; infer, serve and export take it with --model" in refusal(
+        assert "a whole model, not an adapter; give it with --model, which infer, serve and export take" in refusal(
             command, "--adapter", base
         )
         told = refusal(command, "--adapter", trained / "report.json")

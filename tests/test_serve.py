@@ -353,7 +353,7 @@ def test_the_command_says_where_the_page_is_and_a_line_that_works(
     server = start("serve", "--model", "tiny-qwen", "--port", free_port)
     assert comes_true(lambda: "}]}'\n" in server.stderr or server.has_ended()), server.stderr
     (page,) = re.findall(rf"page: (http://127.0.0.1:{free_port}/)#api_key=(\S+)", server.stderr)
-    (curl,) = re.findall(r"try: (curl .*?}'\n)", server.stderr, re.DOTALL)
+    (curl,) = re.findall(r"try:\n(  curl .*?}'\n)", server.stderr, re.DOTALL)
     assert page[1] in curl
     assert max(map(len, server.stderr.splitlines())) <= 80
     answer = subprocess.run(["sh", "-c", curl], capture_output=True, text=True, check=True).stdout

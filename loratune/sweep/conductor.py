@@ -17,12 +17,12 @@ from loratune import console
 from loratune.errors import Exit, LoratuneError
 from loratune.runs.lock import lock_holder
 from loratune.sweep.definition import BASE, LOGS, Sweep
+from loratune.sweep.messages import Ended, Rehearsal, Trained
 from loratune.sweep.plan import Failure, Outcome, Trial, Work, firsts
 from loratune.sweep.pool import Pool, Running
 from loratune.sweep.price import measured
 from loratune.sweep.reached import reached
 from loratune.sweep.report import SweepState
-from loratune.sweep.start import Ended, Rehearsal, Trained
 from loratune.sweep.study import SweepStudy
 
 

@@ -18,8 +18,9 @@ from filelock import FileLock
 
 from loratune.errors import Exit
 from loratune.recipe.sections import Recipe
+from loratune.sweep.messages import Ended, Order
 from loratune.sweep.plan import Work
-from loratune.sweep.start import Ended, Order, context, main
+from loratune.sweep.start import context, main
 
 POLL_SECONDS = 1.0
 """How often processes of other commands are looked after."""

@@ -17,13 +17,13 @@ from loratune.runtime import signals_to
 from loratune.sweep.conductor import Conductor
 from loratune.sweep.definition import SWEEP_RECIPE, Sweep
 from loratune.sweep.drawing import PAGE, PICTURE, draw
+from loratune.sweep.messages import Rehearsal
 from loratune.sweep.plan import Trial
 from loratune.sweep.pool import Pool, places
 from loratune.sweep.report import SweepReport, SweepState, write_sweep_report
 from loratune.sweep.results import report_of
 from loratune.sweep.showing import on_one_line, tell_price, tell_result, tell_start
 from loratune.sweep.space import single_values
-from loratune.sweep.start import Rehearsal
 from loratune.sweep.study import SweepStudy
 from loratune.writing import disk_errors_explained, write_text
 

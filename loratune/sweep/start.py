@@ -12,75 +12,20 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from fractions import Fraction
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loratune.errors import Exit, Interrupted, LoratuneError
 from loratune.model.nvidia import DEVICE, are_gpus_hidden
-from loratune.recipe.sections import Recipe
 from loratune.runtime import ENDING, signal_at_end_of_parent
-
-if TYPE_CHECKING:
-    from loratune.sweep.forgetting import Forgetting
+from loratune.sweep.messages import Ended, Order
 
 PRELOADED = ["loratune.sweep.preload"]
 """What the server imports."""
 GPU_FILES = (str(DEVICE), "/dev/dxg", "/dev/kfd")
 """One of them is there where a process may open a GPU: NVIDIA's, Windows' or AMD's."""
-
-
-@dataclass(frozen=True)
-class Order:
-    """What a process is to do."""
-
-    recipes: tuple[Recipe, ...]
-    """One to train, or all that are to be rehearsed."""
-    share: Fraction | None
-    """Of the steps to train; None to rehearse."""
-    log: Path
-    """Where its output goes, behind what is there."""
-    environment: Mapping[str, str]
-    folder: Path
-    """Its working folder."""
-
-
-@dataclass(frozen=True)
-class Ended:
-    """What a process says at its end."""
-
-    code: int
-    message: str = ""
-    result: Any = None
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a process knows of its training beside what the run folder says."""
-
-    peak_memory_bytes: int | None
-    """None where the run was complete before."""
-    forgetting: Forgetting | None = None
-    """Of a complete run; None if it could not be measured."""
-
-
-@dataclass(frozen=True)
-class Rehearsal:
-    """What is known of a sweep's trials before the first one."""
-
-    steps: tuple[int, ...]
-    """Of each recipe."""
-    rows: str
-    """Hash of all rows."""
-    date: str | None
-    """The day that a template writes into prompts, which all trials have to share."""
-    gpus: int
-    """How many GPUs torch sees."""
-    bits_per_byte: Mapping[str, float] = field(default_factory=dict)
-    """Base → what a validation loss in nats per token is multiplied with; empty where all trials have one base."""
 
 
 def context() -> Any:

@@ -20,7 +20,7 @@ from loratune.recipe.sections import Recipe
 from loratune.runs.folder import STATUS, values_sha256
 from loratune.runs.status import read_status
 from loratune.sweep.forgetting import measure_forgetting
-from loratune.sweep.start import Rehearsal, Trained
+from loratune.sweep.messages import Rehearsal, Trained
 from loratune.training.checkpoints.resuming import AUTO, Resume
 from loratune.training.failures import attempted
 from loratune.training.gate import pass_gate
