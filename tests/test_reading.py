@@ -229,7 +229,7 @@ def test_chinese_among_english_is_not_taken_for_letters_with_accents(tmp_path: P
 
 QUESTIONS = {
     "German": ["Wo liefern Sie?,Nach Österreich und Süddeutschland.", "Was kostet das?,Die Gebühr beträgt fünf Euro."],
-    "German city": ["Was ist dort geöffnet?,Die größte Straße heißt Müllerstraße."],
+    "German city": ["Was ist dort geöffnet?,Die größte Straße heißt Müllerstraße.", "Größe?,20 m²"],
     "French": ["Où êtes-vous situés ?,Près de la gare ; l'entrée est à côté du café.", "C'est cher ?,Ça dépend."],
     "Spanish": ["¿Dónde están?,Al lado de la estación, mañana también.", "¿Cuánto cuesta?,Cinco euros más el envío."],
     "Portuguese": ["Onde estão?,Ao lado da estação; amanhã também.", "Quanto é?,Cinco euros, incluída a instalação."],

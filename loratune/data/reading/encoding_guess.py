@@ -98,7 +98,7 @@ def _usual(letters: str) -> re.Pattern[str]:
     """Match the characters beyond ASCII of a language: no capital behind a small letter, and no mark within a word."""
     capitals = "".join(one.upper() for one in letters if len(one.upper()) == 1 and not one.upper().isascii())
     capital = f"(?<![a-z{letters}])[{capitals}]"
-    mark = f"(?<!{LETTER})[{MARKS}]|[{QUOTES}](?!{LETTER})|(?<={LETTER})[’·](?={LETTER})"
+    mark = f"(?<!{LETTER})[{MARKS}]|(?:[{QUOTES}]|(?<=m)[²³])(?!{LETTER})|(?<={LETTER})[’·](?={LETTER})"
     return re.compile(f"[{letters}]|{capital}|{mark}")
 
 
