@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,10 +25,33 @@ from loratune.streams import delivered
 stderr = Console(stderr=True, highlight=False, quiet=not is_main_process())
 """Of the main process; the others print errors alone."""
 
+WORD = re.compile(r"\s*\S+\s*")
+
 
 def say(message: str, style: str = "", wraps: bool = True) -> None:
     """Print a line for the user that is not a result; one with an address is not wrapped, so that it can be copied."""
-    stderr.print(Text(printable(message), style=style), soft_wrap=not wraps)
+    text = Text(printable(message), style=style)
+    if wraps:
+        _tell(text)
+    else:
+        stderr.print(text, soft_wrap=True)
+
+
+def _tell(text: Text) -> None:
+    """Print a text in lines that fit. A wider word stays whole, so that a path can be copied and searched for."""
+    lines = list[Text]()
+    for line in text.split("\n", allow_blank=True):
+        places, used = list[int](), 0
+        for word in WORD.finditer(line.plain):
+            width = cell_len(word[0].rstrip())
+            if used and used + width > stderr.width >= width:
+                places.append(word.start())
+                used = 0
+            used += cell_len(word[0])
+        lines += line.divide(places)
+    for line in lines:
+        line.rstrip()
+    stderr.print(Text("\n").join(lines), soft_wrap=True)
 
 
 def next_step(command: Command, indent: str = "") -> None:
@@ -79,13 +103,13 @@ def wrapped(text: str, columns: int) -> list[str]:
 
 
 def warn(message: str) -> None:
-    stderr.print(Text("warning: ", style="yellow").append(printable(message), style="default"))
+    _tell(Text("warning: ", style="yellow").append(printable(message), style="default"))
 
 
 def error(message: str) -> None:
     """Print why the command failed; every process prints it, since only one of several may have failed."""
     stderr.quiet = False
-    stderr.print(Text("error: ", style="bold red").append(printable(message), style="default"))
+    _tell(Text("error: ", style="bold red").append(printable(message), style="default"))
 
 
 def interject(message: str) -> None:

@@ -177,3 +177,24 @@ def test_lines_of_a_training_tell_at_most_one_validation_between_two_steps(capsy
     assert told[-1] == 40
     assert len(told) <= 20
     assert sum("loss" in line for line in lines) == 21
+
+
+def test_a_path_wider_than_the_screen_is_told_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    path = f"/data/{'very long folder/' * 6}".replace(" ", "-")
+    message = f"{path}: the file is not there; its folder has these:\n  - one file that is well below it\n\n  - 小李"
+    console.error(message)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(f"error: {path}:")
+    assert all(cell_len(line) <= 80 for line in lines[1:])
+    assert " ".join(" ".join(lines).split()) == " ".join(f"error: {message}".split())
+    assert lines[-3:] == ["  - one file that is well below it", "", "  - 小李"]
+
+
+@given(st.text(st.characters(codec="utf-8", categories=("L", "N", "Zs"), include_characters="\n/"), max_size=400))
+def test_words_are_told_as_they_are_in_lines_that_fit(text: str) -> None:
+    with console.stderr.capture() as captured:
+        console.say(text)
+    told = captured.get()
+    assert told.split() == text.split()
+    for line in told.split("\n"):
+        assert cell_len(line.strip()) <= 80 or max(map(cell_len, line.split())) > 80
