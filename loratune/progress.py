@@ -150,23 +150,24 @@ class StepProgress:
             self._live.start()
 
     def update(self, step: int, figures: str, validation: str = "", validated: int = 0) -> None:
-        """Show a step; a validation gets a line of its own, at most one behind the line of a step.
+        """Show a step, or the validation that follows it; one gets a line of its own behind the line of a step.
 
         Args:
-            step: its number.
+            step: of the figures.
             figures: what the training has measured.
             validation: what the newest validation has measured.
             validated: step of that validation.
         """
-        self._progress.update(self._task, completed=step)
+        self._progress.update(self._task, completed=max(step, validated))
         self._figures.plain = f"  {figures}  {validation}"
         if console.stderr.is_terminal:
             return
-        is_due = step % self._lines_every == 0 or step in (1, self.total_steps)
+        # Not all steps are shown: tracking.every_steps may leave out those at which a line is due.
+        is_due = step // self._lines_every > self._last_line // self._lines_every or step in (1, self.total_steps)
         if is_due and step > self._last_line:
             self._last_line, self._has_room = step, True
             say(f"step {step}/{self.total_steps}  {figures}")
-        if validated > self._last_validation and self._has_room:
+        if self._has_room and validated >= step and validated > self._last_validation:
             self._last_validation, self._has_room = validated, False
             say(f"step {validated}/{self.total_steps}  {validation}")
 

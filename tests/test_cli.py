@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -498,7 +499,7 @@ def test_nothing_is_made_of_a_word_that_means_nothing_there(cli: Cli, typed: tup
         ),
         (("merge", "TESTS", "-o", "TESTS"), ["--adapter"], "merge -o TESTS --json --adapter TESTS"),
         (("export", "TESTS", "-fgguf"), ["--output"], "export -fgguf --json --output OUTPUT --adapter TESTS"),
-        (("merge", "-o", "x", "--", "y"), ["--adapter"], "merge -o x --adapter ADAPTER -- y --json"),
+        (("merge", "-o", "x", "--", "y"), ["--adapter"], "merge -o x --adapter ADAPTER"),
         (("verify",), ["FOLDER"], "verify --json FOLDER"),
         (("runs", "tag"), ["RUN", "NAMES"], "runs tag --json RUN NAMES"),
         (("runs", "tag", "TESTS"), ["NAMES"], "runs tag TESTS --json NAMES"),
@@ -516,6 +517,24 @@ def test_all_that_a_line_lacks_is_told_with_the_whole_line(
     assert [(one["key"], one["remedy"]) for one in error["problems"]] == [(name, f"give {name}") for name in missing]
     assert all(name in command["line"].split() for name in command["chosen"])
     assert error["message"].endswith("no flag is given for it: nowhere") == (typed == ("merge", "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        (("merge", "--", "-run", "new"), "merge --json --adapter -run --output new"),
+        (("merge", "", "new", "-a", "x"), "merge -a x --json --output new"),
+        (("merge", "-a", "x", ""), "merge -a x --json --output OUTPUT"),
+        (("export", "-a", "x", "y", "z"), "export -a x --json --output OUTPUT --format FORMAT"),
+        (("runs", "tag", "--", "-run"), "runs tag --json -- -run NAMES"),
+    ],
+)
+def test_a_whole_line_is_one_that_the_command_takes(cli: Cli, typed: tuple[str, ...], line: str) -> None:
+    end = typed.index("--") if "--" in typed else len(typed)
+    (command,) = json.loads(cli(*typed[:end], "--json", *typed[end:]).stdout)["commands"]
+    assert command["line"] == f"loratune {line}"
+    again = cli(*(word.replace("FORMAT", "gguf") for word in shlex.split(line)))
+    assert again.exit_code == Exit.MODEL, again.stderr
 
 
 @pytest.mark.parametrize("chosen", [None, "64"])

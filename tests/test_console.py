@@ -198,3 +198,25 @@ def test_words_are_told_as_they_are_in_lines_that_fit(text: str) -> None:
     assert told.split() == text.split()
     for line in told.split("\n"):
         assert cell_len(line.strip()) <= 80 or max(map(cell_len, line.split())) > 80
+
+
+@pytest.mark.parametrize(("logged", "validating", "resumed"), [(1, 1, 0), (1, 3, 0), (1, 10, 20), (7, 10, 0)])
+def test_lines_of_a_training_go_on_from_step_to_step_to_the_last_validation(
+    logged: int, validating: int, resumed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown, measured = progress.StepProgress(40), 0
+    newest = (f"val {resumed}", resumed) if resumed else ("", 0)
+    for step in range(resumed + 1, 41):
+        if step % logged == 0 or step in (1, 40):
+            measured = step
+            shown.update(measured, f"loss {measured}", *newest)
+        if step % validating == 0 or step == 40:
+            newest = f"val {step}", step
+            shown.update(measured, f"loss {measured}", *newest)
+    lines = [line.split("  ") for line in capsys.readouterr().err.splitlines()]
+    steps = [int(place.removeprefix("step ").removesuffix("/40")) for place, _ in lines]
+    assert steps == sorted(steps)
+    assert [int(figure.split()[1]) for _, figure in lines] == steps
+    assert lines[-1] == ["step 40/40", "val 40"]
+    told = [int(figure.removeprefix("val ")) for _, figure in lines if figure.startswith("val ")]
+    assert validating < 3 or told == [*range(resumed + validating, 40, validating), 40]

@@ -328,6 +328,20 @@ def test_answers_that_differ_are_told_once_a_question_and_without_the_repeated_r
     }
 
 
+def test_no_answer_goes_because_of_another_one_that_goes_too(check: Run, tmp_path: Path) -> None:
+    answers = ["", "Paris is its capital.", "A" * 400, "It is Paris.", "It is Paris, the city."]
+    asked = ["France?", "France?", "Spain?", "Spain?", "Spain?"]
+    rows = [{"instruction": question, "output": answer} for question, answer in zip(asked, answers, strict=True)]
+    path = write_rows(tmp_path / "rows.json", [*ROWS, *rows])
+    flags = ["--data.validation", "0", "--training.max_length", "100", "--json"]
+    flags += [flag for name in ("empty", "other_answers") for flag in ("--data.remove", name)]
+    report = figures_of(check(path, *flags))
+    told = {one["name"]: one["text"].splitlines()[1:] for one in report["findings"]}
+    assert told["other_answers, removed"] == [f"  {path} row 17 asks the same as row 16"]
+    assert told["too_long"][0].startswith(f"  {path} row 15: ")
+    assert report["rows"]["training"]["rows"] == len(ROWS) + 2
+
+
 def test_all_reasons_for_a_refusal_are_named_at_once(check: Run, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.json", [*ROWS, *(odd for odd, _ in ODD.values())])
     flags = ("--data.validation", "0", "--data.severity", "long_answers=ignore", "--json")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratune.data.formats.conversation import Conversation
-from loratune.data.formats.placeholders import describe_unfilled
+from loratune.data.formats.placeholders import braced, describe_literal, describe_unfilled, describe_unused
 from loratune.data.formats.registry import ConversationReader, detect_format
 from loratune.errors import Exit, LoratuneError
 
@@ -255,3 +255,12 @@ def test_name_and_author_that_were_not_given_are_told_with_their_flags() -> None
 @pytest.mark.parametrize("text", ["{{other}}", "{name}", "{{ a b }}", "{{}}", "{{{x}}}", "{% raw %}{{ x|y }}"])
 def test_other_braces_are_left_as_they_are(text: str) -> None:
     assert turns({"instruction": text, "output": text}, {"name": "x"}) == [("user", text), ("assistant", text)]
+
+
+def test_messages_of_placeholders_name_a_few_in_a_few_letters_each() -> None:
+    names = [f"item{number}" for number in range(100)]
+    told = describe_literal([*names, "x" * 50_000], ["item", "i" * 50_000])
+    assert told.startswith("rows hold {{item0}}, {{item1}}, {{item2}}, {{item3}}, {{item4}}, …, for which ")
+    assert "(it has 'item' for 'item0', 'item' for 'item1', " in told
+    assert max(len(told), len(describe_literal(["x" * 50_000], [])), len(describe_unused(names, ()))) < 400
+    assert braced(["name", "name", "author"]) == "{{name}}, {{author}}"

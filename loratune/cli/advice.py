@@ -57,7 +57,7 @@ KINDS = (
     _Kind("a model is given as", lambda word: is_file(Path(word) / "config.json"), ("--model",)),
     _Kind("an adapter is given as", is_folder, ("--adapter",)),
 )
-PROMPT = _Kind("a prompt is given as", lambda word: "/" not in word or " " in word, ("--prompt",))
+PROMPT = _Kind("a prompt is given as", lambda word: word[0] != "-" and ("/" not in word or " " in word), ("--prompt",))
 """What words of no other kind may be; without quotes, a shell makes several of one prompt."""
 
 
@@ -121,11 +121,14 @@ def whole_line(missing: Sequence[Any], free: Sequence[Any], words: Sequence[str]
 def _placed(words: Sequence[str], free: Sequence[Any], missing: Sequence[Any]) -> tuple[dict[str, str], list[str]]:
     """Return flag → the word that is meant as its value, and the words that are left."""
     meant = {flag: word for word, _, flag in _flags_of(words, free)}
+    lacking = list[str]()
     for one in missing:
-        choices = {*str(one.metavar).split("|")} - {one.metavar}
-        meant |= {_flag_of(one): word for word in words if word in choices}
+        flag, choices = _flag_of(one), {*str(one.metavar).split("|")} - {one.metavar}
+        if chosen := [word for word in words if word in choices]:
+            meant[flag] = chosen[-1]
+        elif flag not in meant and not choices:
+            lacking.append(flag)
     left = [word for word in words if word not in meant.values()]
-    lacking = [flag for one in missing if (flag := _flag_of(one)) not in meant]
     return (meant | dict(zip(lacking, left, strict=True)), []) if len(left) == len(lacking) else (meant, left)
 
 

@@ -60,9 +60,11 @@ class Command(TyperCommand):
         """
         options = [one for one in self.params if not getattr(one, "hidden", False)]
         arguments = [one for one in options if one.param_type_name == "argument"]
+        end = args.index("--") if "--" in args else len(args)
         places = [place for place in self._places_of_flags(args) if not args[place].startswith("-")]
-        strays = [] if arguments else places
-        words = [args[place] for place in strays]
+        places += range(end + 1, len(args))
+        words = [] if arguments else [args[place] for place in places if args[place]]
+        strays = [] if arguments else [*places, end]
         if hasattr(error, "param_type"):
             flags = {_FlagGiven.of(args[place]).name for place in self._places_of_flags(args)}
             given = [one for one in options if flags & {*one.opts}] + arguments[: len(places)]

@@ -132,7 +132,7 @@ def _cleaned(
     The rows of data.train are checked before some of them become validation rows.
     """
     pool, noun = Pool.of(sources), f"row of data.{setting}"
-    odd = find_rows(pool, data)
+    odd = find_rows(pool, data, max_length)
     gone = np.zeros(len(pool), bool)
     for unwanted in data.remove:
         rows = odd.pop(unwanted, None)

@@ -152,7 +152,7 @@ class Progress(TrainerCallback):
             f"{self.metrics.of('tokens_per_second')[-1][1]:.0f} tok/s",
             console.memory(peak_memory_bytes(self.hardware)),
         ]
-        self.bar.update(state.global_step, "  ".join(figures), *self._validation())
+        self.bar.update(losses[-1][0], "  ".join(figures), *self._validation())
 
     def _validation(self) -> tuple[str, int]:
         """Return what the newest validation has measured of the adapter, and at which step."""

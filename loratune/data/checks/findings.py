@@ -54,20 +54,25 @@ class FoundRows:
         return FoundRows(place[self.places[stays]], place[self.twins[stays]])
 
 
-def find_rows(pool: Pool, settings: DataSettings) -> dict[Finding, FoundRows]:
-    """The rows of each finding that a recipe can set a level for."""
-    flags = pool.of_each_row("flags")
+def find_rows(pool: Pool, settings: DataSettings, max_length: int) -> dict[Finding, FoundRows]:
+    """The rows of each finding that a recipe can set a level for.
+
+    Rows that differ are only compared with those that stay: one would go because of another that goes too.
+    """
+    flags, places = pool.of_each_row("flags"), np.arange(len(pool))
     found: dict[Finding, FoundRows] = {
         name: FoundRows(np.flatnonzero(flags & (1 << bit))) for bit, name in enumerate(FLAGS)
     }
     first = earlier_copies(pool.digests)
-    later = np.flatnonzero(first != np.arange(len(pool)))
-    asked = earlier_copies(pool.of_each_row("asked", np.uint64))
-    other = np.flatnonzero((pool.digests != pool.digests[asked]) & (first == np.arange(len(pool))))
+    stays, later = first == places, np.flatnonzero(first != places)
     found |= {"long_answers": FoundRows(_long_answers(pool)), "duplicates": FoundRows(later, first[later])}
-    found["other_answers"] = FoundRows(other, asked[other])
+    for name in {*settings.remove} & found.keys():
+        stays[found[name].places] = False
     if settings.near_duplicates is not None:
-        found["near_duplicates"] = _near_duplicates(pool, settings.near_duplicates, later)
+        found["near_duplicates"] = _near_duplicates(pool, settings.near_duplicates, np.flatnonzero(stays))
+        if "near_duplicates" in settings.remove:
+            stays[found["near_duplicates"].places] = False
+    found["other_answers"] = _other_answers(pool, np.flatnonzero(stays & pool.has_usable_sequence(max_length)))
     return found
 
 
@@ -134,18 +139,24 @@ def _long_answers(pool: Pool) -> Indices:
     return np.flatnonzero(trained > LONG_FACTOR * np.median(trained))
 
 
-def _near_duplicates(pool: Pool, threshold: float, equal: Indices) -> FoundRows:
-    """Return rows that resemble an earlier row but equal none."""
+def _near_duplicates(pool: Pool, threshold: float, candidates: Indices) -> FoundRows:
+    """Return rows that resemble an earlier one, of candidates that are all different."""
     with required("data.near_duplicates", "near-duplicates"):
         # Deferred: importing datasketch with scipy takes longer than the rest of a check.
         from loratune.data.checks.near_duplicates import find_near_duplicates
-    candidates = np.setdiff1d(np.arange(len(pool)), equal)
     shared = _shared_beginning(pool, candidates[:100])
     ids = (pool.input_ids(index)[shared:] for index in candidates)
     with row_progress("looking for similar rows") as advance:
         pairs = find_near_duplicates(ids, threshold, advance)
     later, earlier = np.array(pairs, np.int64).reshape(-1, 2).T
     return FoundRows(candidates[later], candidates[earlier])
+
+
+def _other_answers(pool: Pool, candidates: Indices) -> FoundRows:
+    """Return rows that ask what an earlier one asks, of candidates that are all different."""
+    first = candidates[earlier_copies(pool.take(candidates).of_each_row("asked", np.uint64))]
+    is_later = first != candidates
+    return FoundRows(candidates[is_later], first[is_later])
 
 
 def _shared_beginning(pool: Pool, rows: Indices) -> int:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from loratune.nearest import nearest
+from loratune.printable import shortened
 
 PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 # The two placeholders in published identity datasets; others may be literal text.
@@ -15,6 +17,7 @@ MUST_BE_FILLED = ("name", "author")
 MOST_LITERAL = 100
 """Rows of templates or code may hold any number."""
 SHOWN = 5
+"""Names in a message, and hints at what is meant by them."""
 
 
 class Filler:
@@ -52,8 +55,9 @@ class Filler:
 
 
 def braced(names: Iterable[str]) -> str:
-    """List names as placeholders."""
-    return ", ".join("{{" + name + "}}" for name in names)
+    """List the first names as placeholders, each once."""
+    listed = ["{{" + shortened(name) + "}}" for name in dict.fromkeys(names)]
+    return ", ".join([*listed[:SHOWN], *(["…"] if len(listed) > SHOWN else [])])
 
 
 def describe_unfilled(names: Sequence[str], given: Collection[str] = ()) -> str:
@@ -69,10 +73,9 @@ def describe_unfilled(names: Sequence[str], given: Collection[str] = ()) -> str:
 
 def describe_literal(names: Sequence[str], given: Collection[str]) -> str:
     """Describe other placeholders without a value. See `describe_unfilled`."""
-    more = ", …" if len(names) > SHOWN else ""
     return (
-        f"rows hold {braced(names[:SHOWN])}{more}, for which data.placeholders has no value{_meant(names, given)}: "
-        "such text stays as it is"
+        f"rows hold {braced(names)}, for which data.placeholders has no value{_meant(names, given)}: such text stays "
+        "as it is"
     )
 
 
@@ -83,7 +86,8 @@ def describe_unused(given: Iterable[str], used: Collection[str]) -> str:
 
 
 def _meant(names: Iterable[str], given: Collection[str]) -> str:
-    """Return a hint at the given names that some of the placeholders are most like; empty if there is none."""
-    found = {name: nearest(name.lower(), map(str.lower, given)) for name in names}
-    listed = ", ".join(f"{near!r} for {name!r}" for name, near in found.items() if near)
+    """Return hints at the given names that some of the placeholders are most like; empty if there is none."""
+    found = ((name, nearest(name.lower(), map(str.lower, given))) for name in names)
+    hints = (f"{shortened(near)!r} for {shortened(name)!r}" for name, near in found if near)
+    listed = ", ".join(islice(hints, SHOWN))
     return f" (it has {listed})" if listed else ""
