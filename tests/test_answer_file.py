@@ -207,6 +207,15 @@ def test_rows_of_every_format_become_questions_with_or_without_an_answer(tmp_pat
     assert [row.number for row in read.rows] == list(range(1, len(expected) + 1))
 
 
+def test_a_file_of_which_no_row_can_be_read_is_told_with_its_columns(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("frage,antwort\nWie?,So.\nWo?,Hier.\n")
+    with pytest.raises(
+        LoratuneError, match=r"2 of 2 rows (.|\n)*its columns begin with 'frage', 'antwort', and"
+    ):
+        read_questions(str(tmp_path / "rows.csv"), {}, {})
+    assert len(read_questions(str(tmp_path / "rows.csv"), {"instruction": "frage"}, {}).rows) == 2
+
+
 def test_columns_and_placeholders_of_the_adapter_s_recipe_are_known(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"q": "Are you {{name}}?", "a": "Yes, {{NAME}}."}\n')
     (row,) = read_questions(

@@ -531,6 +531,10 @@ def test_columns_that_are_mapped_in_vain_are_named_and_those_of_the_file_are_sho
         assert told.startswith("its columns are 'frage', 'antwort', in which no format is recognised, also not with ")
         assert f"data.columns {name}={column};" in told
         assert told.endswith(": --data.columns instruction=frage --data.columns output=antwort")
+    columns = {"instruction": "farge", "output": "antwort"}
+    told = describe_unread_columns([row], detect_format([row], columns), columns)
+    assert "data.columns instruction=farge output=antwort; to train on 'antwort' as the answer" in told
+    assert told.endswith(": --data.columns instruction=frage --data.columns output=antwort")
 
 
 def test_columns_beside_known_ones_are_not_explained() -> None:

@@ -411,6 +411,7 @@ def test_the_module_and_the_console_script_are_the_same_program() -> None:
         (("xyzzy",), ""),
         # What other tools call it, and a command without its group.
         *[(("train",), "sft"), (("fine-tune",), "sft"), (("chat",), "infer"), (("check",), "data check")],
+        *[(("trian",), "sft"), (("chekc",), "data check"), (("srve",), "serve"), (("runs", "srve"), "serve")],
         *[(("data", "train"), ""), (("runs", "slurm"), "")],
     ],
 )

@@ -148,6 +148,13 @@ ERROR = {"schema": "loratune/error/1", "exit_code": 2, "commands": []}
         ("start the server with --read", ["read"], "start the server with --read"),
         ("a--b and ---", ["b"], "a--b and ---"),
         ("'--b': must be a number; got '--b --c'", ["b"], "'`b`': must be a number; got '--b --c'"),
+        (
+            "give --data.columns 'instruction=my question' --data.columns output=antwort; or --lora.rank",
+            ["settings"],
+            'give `settings["data.columns"]`: `{"instruction": "my question", "output": "antwort"}`; '
+            'or `settings["lora.rank"]`',
+        ),
+        ("give --data.columns output=b", ["b"], "give --data.columns output=b (only on the command line)"),
     ],
 )
 def test_flags_in_messages_become_arguments(told: str, arguments: list[str], expected: str) -> None:

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,11 +32,12 @@ from loratune.errors import Exit, LoratuneError
 from loratune.model.hardware import detect_hardware
 from loratune.recipe.sections import Recipe
 from loratune.runs import lock
-from loratune.runs.checkpoint import Checkpoint, open_checkpoint
-from loratune.runs.folder import read_metrics
+from loratune.runs.checkpoint import Checkpoint, open_checkpoint, step_folder
+from loratune.runs.folder import CHECKPOINTS, read_metrics
 from loratune.runs.lock import lock_holder, run_lock
 from loratune.runs.manifest import Manifest, TrainedBase, TrainedTemplate
 from loratune.runs.output import begin_run, prepare_output
+from loratune.runs.status import set_status
 from loratune.training.checkpoints.keeper import CheckpointKeeper
 from loratune.training.checkpoints.resuming import BEST_EXACT, check_identity, find_start, identity_of
 from loratune.training.trainer import AdapterTrainer
@@ -291,6 +293,18 @@ def test_nor_of_several_of_which_one_trains(
     with run_lock(finished):
         assert cli("merge", *adapters, "--output", output).exit_code == Exit.USAGE
     assert cli("merge", *adapters, "--output", output, "--no-logits").exit_code == 0
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_that_still_trains_is_told_as_such(tmp_path: Path, overwrite: bool) -> None:
+    output = tmp_path / "run"
+    with run_lock(output):
+        set_status(output, "running")
+        step_folder(output / CHECKPOINTS, 1).mkdir(parents=True)
+        with pytest.raises(LoratuneError, match=f"is in use by process {os.getpid()} on .*; wait for it"):
+            prepare_output(output, overwrite)
+    with nullcontext() if overwrite else pytest.raises(LoratuneError, match="go on with it with --resume"):
+        prepare_output(output, overwrite)
 
 
 def test_a_lock_that_may_not_be_taken_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -670,6 +684,7 @@ from pathlib import Path
 from loratune.recipe.loading import load_recipe
 from loratune.runs.manifest import Manifest
 from loratune.runs.output import begin_run, prepare_output
+from loratune.runs.status import set_status
 
 earlier, place = map(Path, sys.argv[1:])
 recipe = load_recipe("quickstart", {})

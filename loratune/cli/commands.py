@@ -82,10 +82,10 @@ def command_meant(name: str, known: Iterable[str]) -> str:
         name: as typed.
         known: the commands that there are at its place.
     """
-    if name in ELSEWHERE and ELSEWHERE[name].split()[0] in known:
-        return ELSEWHERE[name]
-    grouped = (f"{group} {name}" for group, inner in GROUPED.items() if group in known and name in inner)
-    return next(grouped, "") or nearest(name, known)
+    own = {one: one for one in known}
+    grouped = {one: f"{group} {one}" for group, inner in GROUPED.items() if group in own for one in inner}
+    names = {**grouped, **{one: here for one, here in ELSEWHERE.items() if here.split()[0] in own}, **own}
+    return names.get(name) or names.get(nearest(name, names), "")
 
 
 def command_module(name: str) -> ModuleType:

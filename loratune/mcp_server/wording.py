@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -13,7 +15,10 @@ COMMAND = r"loratune [a-z][^;\n`]*"
 GIVEN = r"""got (?:'[^'\n]*'|"[^"\n]*")"""
 """A value that was given, which is quoted as it is."""
 FLAG = r"(?<![\w-])--(?P<no>no-)?(?P<name>[a-z]\w*(?:[-.]\w+)*)"
-COMMAND_OR_FLAG = re.compile(f"{COMMAND}|{GIVEN}|{FLAG}")
+PAIR = r"""(?:[^\s='";,)]+|'[^'\n]*')+=(?:[^\s'";,)]+|'[^'\n]*')+|'[^'\n]+=[^'\n]+'"""
+PAIRS = rf"(?<![\w-])--(?P<mapped>[a-z]\w*\.\w+) (?:{PAIR})(?: --(?P=mapped) (?:{PAIR}))*"
+"""A flag with a name=value, which may be repeated."""
+COMMAND_OR_FLAG = re.compile(f"{COMMAND}|{GIVEN}|{PAIRS}|{FLAG}")
 RENAMED = {"config": "recipe"}
 """Flag → the argument that takes its value, where the names differ."""
 OF_THE_SERVER = {"root", "read"}
@@ -46,6 +51,11 @@ def in_arguments(error: Mapping[str, Any], tool: str, tools: Mapping[str, Collec
 
 def _replaced(match: re.Match[str], arguments: Collection[str], tools: Mapping[str, Collection[str]]) -> str:
     flag = match["name"]
+    if match["mapped"]:
+        if "settings" not in arguments:
+            return f"{match[0]} ({APART})"
+        pairs = dict(pair.split("=", 1) for pair in shlex.split(match[0])[1::2])
+        return f'`settings["{match["mapped"]}"]`: `{json.dumps(pairs, ensure_ascii=False)}`'
     if flag is None or flag in OF_THE_SERVER:
         return match[0]
     argument = _argument(flag)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
 from loratune.recipe.yaml_reader import read_yaml
+
+SEVERAL = re.compile(r",\s*[A-Za-z_]\w*=")
+"""What shows in the value of a pair that several pairs were given at once."""
 
 
 def is_text(annotation: Any) -> bool:
@@ -35,6 +39,9 @@ def parse_flag(given: Any, field: FieldInfo) -> Any:
         return pairs if is_plain else {name: _parse_yaml(value) for name, value in pairs.items()}
     if is_list(kind):
         texts = _listed(given)
+        is_choices = get_origin(kind) is list and get_origin(get_args(kind)[0]) is Literal
+        if is_choices and (joint := next((text for text in texts if "," in text), "")):
+            raise ValueError(f"give the flag once for each name, got {joint!r}")
         items = [_parse_entry(text) for text in texts]
         is_number_or_list = get_origin(kind) is not list
         if is_number_or_list and len(items) > 1 and any(isinstance(_parse_yaml(item), float | int) for item in texts):
@@ -65,6 +72,8 @@ def _parse_pair(pair: str) -> tuple[str, str]:
     name, equals, value = pair.partition("=")
     if not equals or not name:
         raise ValueError(f"write name=value, got {pair!r}")
+    if SEVERAL.search(value):
+        raise ValueError(f"give the flag once for each name=value, got {pair!r}; a recipe takes such a value as it is")
     return name, value
 
 

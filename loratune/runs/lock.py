@@ -50,14 +50,19 @@ def _acquired(output: Path) -> FileLock:
         lock = FileLock(output / LOCK)
         lock.acquire(timeout=ASKED_SECONDS)
     except Timeout as error:
-        raise LoratuneError(
-            f"{output} is in use by {_name(output)}; wait for it, or choose another folder with --output", Exit.USAGE
-        ) from error
+        raise in_use(output) from error
     except OSError as error:
         raise LoratuneError(
             f"{output}: cannot be made and locked: {error.strerror}; choose another folder with --output", Exit.IO
         ) from error
     return lock
+
+
+def in_use(output: Path) -> LoratuneError:
+    """Return the error of a command that would write where another process trains."""
+    return LoratuneError(
+        f"{output} is in use by {_name(output)}; wait for it, or choose another folder with --output", Exit.USAGE
+    )
 
 
 def lock_holder(run: Path) -> str | None:

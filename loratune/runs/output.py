@@ -29,6 +29,7 @@ from loratune.runs.folder import (
     now,
     sealed,
 )
+from loratune.runs.lock import in_use, lock_holder
 from loratune.runs.manifest import Manifest, read_manifest, write_files, write_manifest
 from loratune.runs.report import Report, write_report
 from loratune.runs.status import MENDED, read_status, set_status
@@ -60,6 +61,8 @@ def prepare_output(output: Path, overwrite: bool, kind: str = "run", marker: str
             raise LoratuneError(
                 f"{output} holds something that is not {named}; choose another folder with --output", Exit.USAGE
             )
+        if marker == STATUS and lock_holder(output):
+            raise in_use(output)
         if not overwrite:
             resumable = "go on with it with --resume, " if marker == STATUS and _is_unfinished(output) else ""
             raise LoratuneError(

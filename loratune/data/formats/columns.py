@@ -54,8 +54,8 @@ def describe_unread_columns(first: Sequence[Any], kind: Format, columns: Mapping
         return ""
     row = {name: next((one[name] for one in rows if one.get(name) is not None), None) for name in row}
     named = f"its columns are {', '.join(map(repr, own[0]))}, in which no format is recognised"
-    if odd := [f"{name}={column}" for name, column in columns.items() if name not in names or column not in own[0]]:
-        named += f", also not with data.columns {' '.join(odd)}"
+    if any(name not in names or column not in own[0] for name, column in columns.items()):
+        named += f", also not with data.columns {' '.join(f'{name}={column}' for name, column in columns.items())}"
     is_preference = all(name in row for name in PREFERENCE)
     if is_preference:
         named += f"; {NO_PREFERENCE}"
@@ -64,16 +64,17 @@ def describe_unread_columns(first: Sequence[Any], kind: Format, columns: Mapping
         name = "chosen" if is_preference and "chosen" in turns else turns[0]
         known = "messages" if _key_of_turns(row[name]) == "role" else "conversations"
         return f"{named}; to train on the conversations under {name!r}: {FLAG} {known}={name}"
-    return _of_texts(row, named, is_preference)
+    return _of_texts(row, named, is_preference, columns)
 
 
-def _of_texts(row: Mapping[str, Any], named: str, is_preference: bool) -> str:
+def _of_texts(row: Mapping[str, Any], named: str, is_preference: bool, columns: Mapping[str, str]) -> str:
     """Return the sentence for rows without a list of turns.
 
     Args:
         row: name of a column → its first value that is not null.
         named: the beginning of the sentence.
         is_preference: whether rows have a chosen and a rejected answer.
+        columns: see `describe_unread_columns`; the row has its names, and the sentence those of the file.
     """
     texts = {name for name, value in row.items() if isinstance(value, str | None)}
     # Of a file with answers that has no questions, `input` is blank.
@@ -90,7 +91,7 @@ def _of_texts(row: Mapping[str, Any], named: str, is_preference: bool) -> str:
         return ""
     plain = next((name for name in TEXT_NAMES if isinstance(row.get(name), str)), None)
     likely = {} if plain else _left_over({name: row[name] for name in row if name in free}, pairs)
-    pairs |= likely
+    pairs = {known: columns.get(name, name) for known, name in (pairs | likely).items()}
     if pairs["instruction"] and pairs["output"]:
         flags = _flags(pairs)
         if misspelt:

@@ -15,6 +15,7 @@ from loratune.data.formats.registry import FORMATS, ConversationReader, detect_f
 from loratune.data.reading.files import BadRow, RowFile, open_rows
 from loratune.data.sources import parse_source
 from loratune.errors import Exit, LoratuneError, bullet_list, counted
+from loratune.printable import shortened
 
 NEEDS = (
     f"each row needs {', '.join(kind.asks for kind in FORMATS[:-1])} or {FORMATS[-1].asks}; a list ends with a "
@@ -100,12 +101,21 @@ def questions_of(file: RowFile, columns: Mapping[str, str], placeholders: Mappin
         listed = bullet_list(bad, limit=SHOWN_ROWS)
         raise LoratuneError(
             f"{file.name}: {len(bad):,} of {counted(len(rows) + len(bad), 'row')} cannot be answered:\n{listed}\n"
-            f"{NEEDS}; correct or remove these rows",
+            f"{NEEDS}; correct or remove these rows{'' if rows else _about_columns(file)}",
             Exit.DATA,
         )
     sha256 = file.sha256
     file.check_unchanged()
     return QuestionFile(file.name, sha256, rows)
+
+
+def _about_columns(file: RowFile) -> str:
+    """Return which columns a file has of which no row can be used; empty for rows that have none."""
+    first = next((row.value for row in islice(file, FORMAT_ROWS) if not isinstance(row, BadRow)), None)
+    if not isinstance(first, dict) or not first:
+        return ""
+    named = ", ".join(repr(shortened(str(name))) for name in islice(first, SHOWN_ROWS))
+    return f"; its columns begin with {named}, and must have the names that they had in the training"
 
 
 def _read(
