@@ -194,6 +194,10 @@ def test_a_run_killed_anywhere_at_its_end_is_finished_or_resumed(
             assert torch.equal(weight, whole[name])
         assert ("is complete" in " ".join(resumed.stderr.split())) == (states[run.name] == "finished")
     assert list(states.values()) == ["running"] * 4 + ["finished"] * 5, states
+    shutil.rmtree(tmp_path / "run" / "adapter")  # which other commands advise to mend with --resume
+    assert_finished(tmp_path / "run", sft("--resume"))
+    for name, weight in load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors").items():
+        assert torch.equal(weight, whole[name])
 
 
 @pytest.mark.parametrize("losses", [[], [(1, 2.0)], [(1, 2.0), (2, float("nan")), (3, 1e30)]], ids=len)

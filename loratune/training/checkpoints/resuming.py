@@ -91,7 +91,7 @@ def find_start(output: Path, resume: Resume) -> Checkpoint | None:
 
 
 def completion(output: Path, start: Checkpoint, steps: int, patience: int | None) -> str | None:
-    """Return a message if the run is complete; None if steps are left.
+    """Return a message if the run is complete; None if steps are left, or its adapter is no longer there.
 
     Args:
         output: run folder.
@@ -99,7 +99,7 @@ def completion(output: Path, start: Checkpoint, steps: int, patience: int | None
         steps: requested number of steps.
         patience: present value of evaluation.early_stopping.
     """
-    if read_status(output).state != "finished":
+    if read_status(output).state != "finished" or not (output / ADAPTER).is_dir():
         return None
     if start.step >= steps:
         return f"{output} is complete: step {start.step} of {steps}"
