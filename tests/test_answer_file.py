@@ -209,9 +209,7 @@ def test_rows_of_every_format_become_questions_with_or_without_an_answer(tmp_pat
 
 def test_a_file_of_which_no_row_can_be_read_is_told_with_its_columns(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("frage,antwort\nWie?,So.\nWo?,Hier.\n")
-    with pytest.raises(
-        LoratuneError, match=r"2 of 2 rows (.|\n)*its columns begin with 'frage', 'antwort', and"
-    ):
+    with pytest.raises(LoratuneError, match=r"2 of 2 rows (.|\n)*its columns begin with 'frage', 'antwort', and"):
         read_questions(str(tmp_path / "rows.csv"), {}, {})
     assert len(read_questions(str(tmp_path / "rows.csv"), {"instruction": "frage"}, {}).rows) == 2
 
