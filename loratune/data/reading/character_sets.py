@@ -77,8 +77,9 @@ def _not_in_encoding(name: str, encoding: str, start: int, blocks: Iterator[byte
     source, target = f" {path.name}", path.stem if unpacker else path.name
     unpack = f"{unpacker} {path.name} | " if unpacker else ""
     return LoratuneError(
-        f"{name}: not UTF-8 (byte {start}), probably {guess}; {_setting_for(guess)}convert it with\n"
-        f"  {unpack}iconv -f {guess} -t UTF-8{'' if unpacker else source} > utf8-{target}",
+        f"{name}: not UTF-8 (byte {start}), probably {guess}; convert it with\n"
+        f"  {unpack}iconv -f {guess} -t UTF-8{'' if unpacker else source} > utf8-{target}\n"
+        f"or, to train on it as it is, {_setting_for(guess)}",
         Exit.DATA,
     )
 
@@ -87,8 +88,8 @@ def _setting_for(guess: str) -> str:
     try:
         codecs.lookup(guess)
     except LookupError:
-        return "set data.encoding (--data.encoding NAME), or "
-    return f"set data.encoding: {guess.lower()} (--data.encoding {guess.lower()}), or "
+        return "set data.encoding (--data.encoding NAME)"
+    return f"set data.encoding: {guess.lower()} (--data.encoding {guess.lower()})"
 
 
 def _sample(blocks: Iterator[bytes], position: int) -> bytes:
