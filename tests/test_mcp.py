@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from documents import faults
+from processes import comes_true
 
 from loratune.errors import Exit, LoratuneError
 from loratune.mcp_server.arguments import setting_problems
@@ -197,6 +198,27 @@ def test_the_lines_of_a_command_are_told_while_it_runs_but_not_its_error(root: P
 
 
 Call = Callable[..., Awaitable[Any]]
+
+
+def test_a_command_ends_whose_caller_can_no_longer_be_told_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = "trap 'touch ended; exit' TERM; echo a line >&2; while :; do sleep 0.05; done"
+    monkeypatch.setattr(Calls, "_line", lambda *_: ["sh", "-c", script])
+
+    async def tell(line: str) -> None:
+        raise ConnectionError(line)
+
+    async def run() -> None:
+        TELL.set(tell)
+        with pytest.raises(ConnectionError, match="a line"):
+            await Calls(tmp_path).run("sft")
+        assert await asyncio.to_thread(comes_true, (tmp_path / "ended").exists)
+        while len(asyncio.all_tasks()) > 1:  # which reads the output until it is closed
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.5)  # for the loop to see that the process has ended
+
+    asyncio.run(run())
 
 
 def in_session(

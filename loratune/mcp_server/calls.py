@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,8 +59,9 @@ class Calls:
             assert process.stderr
             output, log = await asyncio.gather(process.stdout.read(), _told(process.stderr))
             await process.wait()
-        except asyncio.CancelledError:
-            process.send_signal(signal.SIGTERM)
+        except BaseException:  # its caller gives up, or has gone, so that it cannot be told how far the command is
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
             raise
         return _read(output, log.decode(errors="replace"))
 
