@@ -96,6 +96,26 @@ def test_what_so_many_rows_cannot_show_is_what_the_sign_test_needs() -> None:
     assert sentence_of(shares(8, 8), ()).endswith(f"only a difference on at least {fewest} of them can show")
 
 
+@pytest.mark.parametrize(
+    ("gains", "margin", "told"),
+    [
+        (
+            [1.0] * 6 + [-1.0] * 2 + [0.0] * 2,
+            0.0,
+            ", which chance may explain (sign test, p = 0.29); more rows can show",
+        ),
+        ([0.03] * 9 + [-0.1], 0.02, "; the mean differs by no more than 0.02, which counts as none"),
+        ([0.1] * 37 + [-1.0] * 3, 0.0, "; the 95 % interval of the mean difference includes 0; more rows make it"),
+        ([0.1] * 37 + [-30.0, -29.0, -31.0], 0.0, "; the 95 % interval of the mean difference includes 0"),
+        ([0.1] * 30 + [-30.0] * 10, 0.0, "; a few large differences outweigh the others"),
+    ],
+)
+def test_rows_that_show_no_difference_are_told_with_the_reason(gains: list[float], margin: float, told: str) -> None:
+    found = compare([0.0] * len(gains), gains, margin)
+    assert found.verdict == "no difference"
+    assert told in sentence_of(found, ())
+
+
 def test_chance_alone_is_rarely_called_a_difference() -> None:
     random, verdicts = np.random.default_rng(0), []
     for _ in range(200):

@@ -71,14 +71,26 @@ def worse_beside_rows(decisions: Collection[Decision]) -> list[str]:
 def sentence_of(comparison: Comparison, decisions: Collection[Decision]) -> str:
     """Return the result in one sentence: what makes it worse beside the rows, the rows, and what they cannot show."""
     rows = counted(comparison.rows, "row")
-    cannot = f"with {rows}, only a difference on at least {FEWEST_DIFFERING} of them can show"
-    if comparison.rows < FEWEST_DIFFERING:
-        cannot = f"at least {FEWEST_DIFFERING} rows are needed to show a difference"
-    elif comparison.verdict == "no difference":
-        cannot += "; more rows can show a smaller one"
-    on_rows = f"better on {comparison.better} of {rows}, worse on {comparison.worse}; {cannot}"
+    on_rows = f"better on {comparison.better} of {rows}, worse on {comparison.worse}{_doubt(comparison)}"
     beside = worse_beside_rows(decisions)
     return f"{' and '.join(beside)}; the rows themselves: {on_rows}" if beside else on_rows
+
+
+def _doubt(one: Comparison) -> str:
+    """Return why rows show no difference, or which they could not show."""
+    if one.rows < FEWEST_DIFFERING:
+        return f"; at least {FEWEST_DIFFERING} rows are needed to show a difference"
+    is_none = one.verdict == "no difference"
+    if not is_none or one.better + one.worse < FEWEST_DIFFERING:
+        rest = "; more rows can show a smaller one" if is_none else ""
+        return f"; with {one.rows} rows, only a difference on at least {FEWEST_DIFFERING} of them can show{rest}"
+    if one.p_value >= 1 - CONFIDENCE:
+        return f", which chance may explain (sign test, p = {one.p_value:.2g}); more rows can show a smaller difference"
+    if abs(one.difference) <= one.margin:
+        return f"; the mean differs by no more than {one.margin:g}, which counts as none"
+    if one.low <= 0 <= one.high:
+        return "; the 95 % interval of the mean difference includes 0; more rows make it narrower"
+    return "; a few large differences outweigh the others"
 
 
 def objection_to(decided_by: str, measures: Mapping[str, Comparison]) -> str:
