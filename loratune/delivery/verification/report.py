@@ -75,8 +75,9 @@ def show_verification(merged: MergedModel, is_recorded: bool = False) -> None:
             (
                 "changed",
                 f"{counted(back.updated, 'tensor')}: all {counted(back.rows, 'row')} are what PEFT's own merge makes "
-                f"of the base, rounded once; {back.sampled_rows:,} of them, computed in float64, are at most {back.largest_error_steps:.2f} "
-                f"rounding steps off, and rounding takes {back.lost_to_rounding:.1%} of the update",
+                f"of the base, rounded once; {back.sampled_rows:,} of them, computed in float64, are at most "
+                f"{back.largest_error_steps:.2f} rounding steps off, and rounding takes {back.lost_to_rounding:.1%} of "
+                "the update",
             ),
         ]
     logits = models.logits or {}
