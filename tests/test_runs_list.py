@@ -416,9 +416,12 @@ def test_a_comparison_shows_what_differs_and_nothing_else(cli: Any, folder: Path
     (asked,) = found["answers"]
     assert (asked["bases"], asked["answers"]) == (["I am a model."] * 2, ["I am Robin!", "Robin."])
     assert rows_of(found["figures"])["health"] == ["Look at the answers."] * 2
-    shown = cli("runs", "compare", one, two).stdout
+    shown = cli("runs", "compare", one, two)
     for text in ("lora.rank", "32", "b.json e", "step 4", "0.5000", "I am Robin!", "Robin.", "I am a model."):
-        assert text in shown, text
+        assert text in shown.stdout, text
+    mean = "a training loss is the mean since the line before it"
+    assert mean in shown.stderr
+    assert mean not in cli("runs", "compare", one, make_run(folder / "again")).stderr
 
 
 def test_runs_that_are_alike_and_runs_without_a_common_step_are_told_so(cli: Any, folder: Path) -> None:

@@ -113,6 +113,11 @@ def test_a_bad_field_is_named_and_nothing_reaches_the_model(
     assert running.engine.questions == []
 
 
+def test_an_unknown_role_is_told_with_all_roles(running: Served) -> None:
+    error = running.error(CHAT, chat(messages=[{"role": "usr", "content": "hi"}]))
+    assert error["message"] == "messages.0.role: must be system, developer, user, assistant or tool"
+
+
 @pytest.mark.parametrize(
     ("fields", "told"),
     [

@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from loratune import console
-from loratune.board.comparison import Asked, Curve, Row, RunComparison
+from loratune.board.comparison import SERIES, Asked, Curve, Row, RunComparison
 from loratune.board.opened import value_text
 from loratune.board.search import Found
 from loratune.board.summary import EvaluationSummary, ModelSummary, RunSummary
@@ -214,3 +214,5 @@ def _show_curve(curve: Curve, runs: Sequence[str]) -> None:
     places = list(range(count)) if count <= SHOWN_STEPS else places
     rows = [Row(f"step {curve.steps[at]}", tuple(form.format(each[at]) for each in curve.values)) for at in places]
     _show(curve.name, runs, rows)
+    if curve.name == SERIES["loss"] and any(len(set(row.values)) > 1 for row in rows):
+        console.say("a training loss is the mean since the line before it, which resuming and every_steps change")

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, PrivateAttr, Tag, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from loratune.data.formats.chat_rows import in_order_of_calls, read_message
 from loratune.data.formats.conversation import Message
@@ -15,6 +25,7 @@ from loratune.generation.server.fields import LONGEST_TEXT, Content, Fields, Not
 
 MOST_CALLS = 128
 """Per message; also the maximum number of tools of a request."""
+ROLES = ("system", "developer", "user", "assistant", "tool")
 Id = Annotated[str, Field(max_length=512)]
 FunctionName = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -22,6 +33,13 @@ FunctionName = Annotated[str, Field(min_length=1, max_length=256)]
 def _refuse_strict(value: bool) -> bool:
     if value:
         raise ValueError("arguments are not constrained to the schema; remove strict, and validate them")
+    return value
+
+
+def _name_all_roles(value: Any) -> Any:
+    """Refuse an unknown role with all of them: each kind of message knows its own alone."""
+    if isinstance(value, str) and value not in ROLES:
+        raise PydanticCustomError("literal_error", "must be system, developer, user, assistant or tool")
     return value
 
 
@@ -94,7 +112,7 @@ class Turn(Fields):
 class SaidMessage(Turn):
     """A system prompt, a question, or an answer without tool calls."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_name_all_roles)]
     """`developer` is an alias of `system`."""
     content: Content
     """Text parts are concatenated."""
