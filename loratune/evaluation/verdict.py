@@ -83,7 +83,8 @@ def _doubt(one: Comparison) -> str:
     is_none = one.verdict == "no difference"
     if not is_none or one.better + one.worse < FEWEST_DIFFERING:
         rest = "; more rows can show a smaller one" if is_none else ""
-        return f"; with {one.rows} rows, only a difference on at least {FEWEST_DIFFERING} of them can show{rest}"
+        rows = counted(one.rows, "row")
+        return f"; with {rows}, only a difference on at least {FEWEST_DIFFERING} of them can show{rest}"
     if one.p_value >= 1 - CONFIDENCE:
         return f", which chance may explain (sign test, p = {one.p_value:.2g}); more rows can show a smaller difference"
     if abs(one.difference) <= one.margin:
