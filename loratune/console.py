@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from itertools import pairwise
 from typing import Any
 
 from rich.cells import cell_len
@@ -38,20 +39,23 @@ def say(message: str, style: str = "", wraps: bool = True) -> None:
 
 
 def _tell(text: Text) -> None:
-    """Print a text in lines that fit. A wider word stays whole, so that a path can be copied and searched for."""
-    lines = list[Text]()
+    """Print a text in lines that fit, of which a path can be copied whole."""
     for line in text.split("\n", allow_blank=True):
-        places, used = list[int](), 0
-        for word in WORD.finditer(line.plain):
-            width = cell_len(word[0].rstrip())
-            if used and used + width > stderr.width >= width:
-                places.append(word.start())
-                used = 0
-            used += cell_len(word[0])
-        lines += line.divide(places)
-    for line in lines:
-        line.rstrip()
-    stderr.print(Text("\n").join(lines), soft_wrap=True)
+        for part in line.divide(_breaks(line.plain, stderr.width)):
+            part.rstrip()
+            stderr.print(part, soft_wrap=True)
+
+
+def _breaks(line: str, columns: int) -> list[int]:
+    """Return where a line is broken between words; a word that is wider stays whole, on a line of its own."""
+    places, used = list[int](), 0
+    for word in WORD.finditer(line):
+        width = cell_len(word[0].rstrip())
+        if used and used + width > columns:
+            places.append(word.start())
+            used = 0
+        used += cell_len(word[0])
+    return places
 
 
 def next_step(command: Command, indent: str = "") -> None:
@@ -92,14 +96,10 @@ def _parts(words: Sequence[str]) -> list[str]:
 
 
 def wrapped(text: str, columns: int) -> list[str]:
-    """Return a text in lines that are broken between words; a word that is longer stays whole."""
-    lines = list[str]()
-    for word in text.split():
-        if lines and cell_len(lines[-1]) + 1 + cell_len(word) <= columns:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return lines
+    """Return a text in lines that are broken between words, with one space between two; see `_breaks`."""
+    line = " ".join(text.split())
+    places = [0, *_breaks(line, columns), len(line)]
+    return [line[start:end].rstrip() for start, end in pairwise(places)] if line else []
 
 
 def warn(message: str) -> None:

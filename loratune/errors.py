@@ -68,8 +68,8 @@ HUB_ERRORS = {
 }
 """Class of a hub's client or its HTTP library → what it means; the first that is found counts."""
 
-
 SHOWN_MESSAGES = 10
+"""Of several messages in one error."""
 
 
 class LoratuneError(Exception):
@@ -151,7 +151,9 @@ def joined(
 
 
 def together(errors: Sequence[LoratuneError]) -> LoratuneError:
-    """Return one error with the messages of several; its exit code is that of the rows, if they are at fault too."""
+    """Return one error with the messages of several, at least one; its exit code is the greatest."""
+    if len(errors) == 1:
+        return errors[0]
     return LoratuneError(
         "\n".join(error.message for error in errors),
         max(error.exit_code for error in errors),

@@ -179,20 +179,27 @@ def test_lines_of_a_training_tell_at_most_one_validation_between_two_steps(capsy
     assert sum("loss" in line for line in lines) == 21
 
 
-def test_a_path_wider_than_the_screen_is_told_whole(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_path_wider_than_the_screen_is_told_whole(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     path = f"/data/{'very long folder/' * 6}".replace(" ", "-")
     message = f"{path}: the file is not there; its folder has these:\n  - one file that is well below it\n\n  - 小李"
     console.error(message)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith(f"error: {path}:")
-    assert all(cell_len(line) <= 80 for line in lines[1:])
+    assert lines[:2] == ["error:", f"{path}:"]
+    assert all(cell_len(line) <= 80 for line in lines[2:])
     assert " ".join(" ".join(lines).split()) == " ".join(f"error: {message}".split())
     assert lines[-3:] == ["  - one file that is well below it", "", "  - 小李"]
 
 
-@given(st.text(st.characters(codec="utf-8", categories=("L", "N", "Zs"), include_characters="\n/"), max_size=400))
+LONG = st.lists(st.text("ab/小 \n", max_size=30) | st.text("a/", min_size=70, max_size=90), max_size=30).map(" ".join)
+
+
+@given(LONG | st.text(st.characters(codec="utf-8", categories=("L", "N", "Zs")), max_size=400))
 def test_words_are_told_as_they_are_in_lines_that_fit(text: str) -> None:
-    with console.stderr.capture() as captured:
+    with pytest.MonkeyPatch.context() as patched, console.stderr.capture() as captured:
+        patched.setenv("COLUMNS", "80")
         console.say(text)
     told = captured.get()
     assert told.split() == text.split()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,6 @@ from loratune.nearest import MISSPELT, nearest
 from loratune.plain_files import is_file, is_folder
 from loratune.printable import shortened
 
-LACKING = "the command needs"
-"""Begins the message of a line that lacks flags."""
 CHOICE = re.compile(r"(?:Value error, )?(?P<told>'(?P<given>.*)' is not one of (?P<known>'.*'))\.")
 """Typer's message of a value that is none of an option's choices."""
 
@@ -108,14 +106,18 @@ def whole_line(missing: Sequence[Any], free: Sequence[Any], words: Sequence[str]
     flags += [part for given in meant.items() for part in given]
     end = line.index("--") if "--" in line else len(line)  # what follows is never a flag
     named = {_flag_of(one) or str(one.name).upper(): _about(one) for one in missing}
-    listed = bullet_list([f"{name}: {about}" for name, about in named.items()])
     apart = f"\nleft out below, since no flag is given for it: {shortened(shlex.join(left))}" if left else ""
     return LoratuneError(
-        f"{LACKING}:\n{listed}{apart}",
+        f"{told_as_lacking(named)}{apart}",
         Exit.USAGE,
         [Command("the whole line", (*line[:end], *flags, *line[end:], *arguments), chosen)],
         [Problem(about, key=name, remedy=f"give {name}") for name, about in named.items()],
     )
+
+
+def told_as_lacking(named: Mapping[str, str]) -> str:
+    """Return what a command needs that its line lacks: name of a flag or argument → what it is."""
+    return f"the command needs:\n{bullet_list([f'{name}: {about}' for name, about in named.items()])}"
 
 
 def _placed(words: Sequence[str], free: Sequence[Any], missing: Sequence[Any]) -> tuple[dict[str, str], list[str]]:

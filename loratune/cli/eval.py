@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from loratune.cli.advice import LACKING
+from loratune.cli.advice import told_as_lacking
 from loratune.cli.documents import Document
 from loratune.cli.flags import ADAPTER_HELP, Force, Json, MovedBase, adapter_folder
 from loratune.cli.sampling import sampling_options
 from loratune.engine.sampling import Sampling
-from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.errors import Exit, LoratuneError
 from loratune.evaluation.bounds import Bounds
 from loratune.extras import FOR_EVALUATION, required
 from loratune.imports import importing
@@ -181,7 +181,7 @@ def _require_extra() -> None:
 def _check(given: Flags, of_rows: Flags, of_tasks: Flags, tests: str | None, names: Sequence[str]) -> None:
     """Refuse missing flags, and those that have no effect without another one."""
     if missing := [name for name, value in given.items() if value is None or not str(value).strip()]:
-        raise LoratuneError(f"{LACKING}:\n{bullet_list([f'{name}: {MEANT[name]}' for name in missing])}", Exit.USAGE)
+        raise LoratuneError(told_as_lacking({name: MEANT[name] for name in missing}), Exit.USAGE)
     if (of_rows["--judge"] is None) != (of_rows["--judge-model"] is None):
         raise LoratuneError("--judge and --judge-model go together; give both", Exit.USAGE)
     for flag, value, others in (("--tests", tests, of_rows), ("--tasks", names, of_tasks)):

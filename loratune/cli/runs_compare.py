@@ -12,7 +12,7 @@ from loratune.board.comparison import RunComparison, compare_runs
 from loratune.board.opened import OpenedRun, open_place
 from loratune.board.table import show_comparison
 from loratune.cli.documents import Document
-from loratune.errors import Exit, LoratuneError, joined
+from loratune.errors import Exit, LoratuneError, together
 
 DOCUMENT = Document("runs-compare", 1, lambda: RunComparison)
 DETAILS = """\
@@ -46,5 +46,5 @@ def _opened(runs: list[Path]) -> list[OpenedRun]:
         except LoratuneError as error:
             refused.append(error)
     if refused:
-        raise joined([error.message for error in refused], refused[0].exit_code)
+        raise together(refused)
     return opened

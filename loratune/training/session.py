@@ -160,7 +160,7 @@ def prepare(recipe: Recipe, day: str | None, output: Path, hardware: Hardware, s
 
 
 def _checked_data(recipe: Recipe, day: str | None, hardware: Hardware) -> PreparedData:
-    """Return the data of a recipe that names modules of its model.
+    """Return the checked data of a recipe whose names of modules and layers are checked too.
 
     Raises:
         LoratuneError: what is wrong with rows and names, together.
@@ -173,7 +173,7 @@ def _checked_data(recipe: Recipe, day: str | None, hardware: Hardware) -> Prepar
     if wrong := refused_names(recipe, hardware):
         errors.append(wrong)
     if errors:
-        raise together(errors) if len(errors) > 1 else errors[0]
+        raise together(errors)
     return data
 
 

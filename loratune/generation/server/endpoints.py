@@ -90,7 +90,7 @@ class Endpoints:
         engine = self.queue.engine
         known = [engine.base_name, *engine.adapters, *(await self.offered.all() if self.offered else ())]
         more = f" and {len(known) - MOST_SHOWN:,} more" if len(known) > MOST_SHOWN else ""
-        near = nearest(model, known[:MOST_COMPARED])
+        near = await asyncio.to_thread(nearest, model, known[:MOST_COMPARED])  # long names take seconds
         meant = f"did you mean {near}? " if near else ""
         message = f"no model is called {model}; {meant}there are {', '.join(known[:MOST_SHOWN])}{more}"
         return ApiError(404, message, "model_not_found", "model")

@@ -96,16 +96,16 @@ def check_names(model: CausalModel, settings: LoraSettings, targets: Targets | N
     Raises:
         LoratuneError: the model does not have the targets, layers or modules_to_save, or a pattern matches no target.
     """
-    unsaved = refusal(lambda: _check_modules_to_save(model, settings.modules_to_save))
+    errors = list[LoratuneError]()
     try:
         targets = targets or resolve_targets(model, settings)
         _check_patterns(targets, settings)
     except LoratuneError as error:
-        if unsaved:
-            raise together([error, unsaved]) from error
-        raise
-    if unsaved:
-        raise unsaved
+        errors.append(error)
+    if unsaved := refusal(lambda: _check_modules_to_save(model, settings.modules_to_save)):
+        errors.append(unsaved)
+    if errors or targets is None:
+        raise together(errors)
     return targets
 
 
